@@ -1,0 +1,167 @@
+"""Settings: frozen dataclasses that check themselves. This module never imports torch.
+
+`--help` must answer in under a second, so what a command line can set lives apart from the code
+that needs tensors. Each field carries its help text in its metadata, once; `cli.py` turns the
+classes into flags. `TRPO` and `PPO` (trpo.py, ppo.py) are the settings below plus their update.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trpo_lm.errors import TrpoLMError
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare a field with its help text; the text is what `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+def _check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
+    """Raise one error that lists every broken rule of `{field: (holds, what is allowed)}`."""
+    broken = [
+        f"{name} = {getattr(settings, name)!r} is not allowed: it must be {allowed}"
+        for name, (holds, allowed) in rules.items()
+        if not holds
+    ]
+    if broken:
+        raise TrpoLMError("; ".join(broken), where=type(settings).__name__)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) and value > above and least <= value <= most
+
+
+@dataclass(frozen=True)
+class TRPOSettings:
+    """The two distances of a run, and how the step is computed. There is no learning rate."""
+
+    max_kl: float = option(
+        0.05, "trust region: KL(old || new) allowed to one update, nats per completion"
+    )
+    max_ref_kl: float | None = option(
+        3.0,
+        "budget: KL(policy || reference) allowed to the whole run, nats per completion; none: no budget",
+    )
+    gamma: float = option(1.0, "discount per token, in (0, 1]")
+    lam: float | None = option(
+        None, "GAE lambda, in [0, 1]; default: 0.5 with a prefix critic, 0.95 with a value head"
+    )
+    cg_iterations: int = option(8, "conjugate-gradient iterations at most, for each of two solves")
+    cg_tolerance: float = option(0.01, "relative residual at which conjugate gradient stops")
+    damping: float = option(
+        0.1, "added to the Fisher's diagonal, as a share of its Rayleigh quotient along the gradient"
+    )
+    fisher_completions: int = option(
+        64, "completions (over all processes) whose tokens make up the Fisher products"
+    )
+    line_search_trials: int = option(8, "step lengths tried before the step is given up")
+    backtrack_ratio: float = option(0.8, "each trial's step as a share of the one before, in (0, 1)")
+    accept_ratio: float = option(0.1, "least share of the predicted gain that a step must deliver")
+
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "max_kl": (_number(self.max_kl, above=0), "a number above 0"),
+                "max_ref_kl": (
+                    self.max_ref_kl is None or _number(self.max_ref_kl, above=0),
+                    "a number above 0, or None",
+                ),
+                "gamma": (_number(self.gamma, above=0, most=1), "in (0, 1]"),
+                "lam": (self.lam is None or _number(self.lam, least=0, most=1), "in [0, 1]"),
+                "cg_iterations": (_whole(self.cg_iterations, 1), "a whole number of at least 1"),
+                "cg_tolerance": (_number(self.cg_tolerance, least=0), "a number of at least 0"),
+                "damping": (_number(self.damping, least=0), "a number of at least 0"),
+                "fisher_completions": (_whole(self.fisher_completions, 1), "at least 1"),
+                "line_search_trials": (_whole(self.line_search_trials, 1), "at least 1"),
+                "backtrack_ratio": (_number(self.backtrack_ratio, above=0, most=0.999), "in (0, 1)"),
+                "accept_ratio": (_number(self.accept_ratio, least=0, most=1), "in [0, 1]"),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Everything about a run that is not the update rule."""
+
+    output_dir: str = option("runs/trpo", "folder that receives everything the run writes")
+    run_name: str | None = option(None, "name shown by trackers; letters, digits, '.', '_', '-'")
+    seed: int = option(0, "every random number of the run derives from it")
+    updates: int = option(40, "policy updates")
+    prompts_per_update: int = option(64, "distinct prompts sampled for one update, all processes")
+    completions_per_prompt: int = option(4, "completions sampled for each prompt")
+    max_completion_length: int = option(24, "tokens a completion may have; then it is truncated")
+    temperature: float = option(1.0, "sampling temperature; the policy is the tempered softmax")
+    truncate_prompts: str = option(
+        "error", "a prompt too long for the model's context: 'error', or 'left' to drop its beginning"
+    )
+    micro_batch_size: int = option(64, "completions per forward pass; changes memory, not results")
+    critic: str = option("auto", "'auto', 'prefix', 'value_head' or 'none'")
+    prefix_stride: int = option(
+        1, "score every k-th prefix with an encoder reward model, interpolating between"
+    )
+    reward_weights: list[float] | None = option(None, "one weight for each reward function")
+    on_bad_reward: str = option("error", "a reward that is nan or infinite: 'error' or 'skip' the row")
+    reward_timeout: float | None = option(
+        None, "seconds after which a reward function is killed; runs functions in worker processes"
+    )
+    bf16: bool = option(False, "load the frozen base in bfloat16; LoRA, KL and solver stay in float32")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward passes")
+    logging_steps: int = option(1, "updates between two lines of the log")
+    eval_steps: int = option(0, "updates between two evaluations on held-out prompts; 0: at the end")
+    save_steps: int = option(10, "updates between two checkpoints; 0: only at the end")
+    save_total_limit: int = option(2, "complete checkpoints kept; the newest are")
+    resume_from_checkpoint: str | None = option(
+        None, "'auto', or a checkpoint folder, to go on from where a run stopped"
+    )
+    allow_config_change: str | None = option(
+        None, "comma-separated settings allowed to differ from the checkpoint's when resuming"
+    )
+    overwrite_output_dir: bool = option(False, "write into a folder that already holds a run")
+    report_to: str = option("none", "trackers of transformers, comma-separated, e.g. tensorboard")
+
+    def __post_init__(self):
+        least = {
+            "seed": 0, "updates": 1, "prompts_per_update": 1, "completions_per_prompt": 1,
+            "max_completion_length": 1, "micro_batch_size": 1, "prefix_stride": 1,
+            "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "save_total_limit": 1,
+        }  # fmt: skip
+        weights = self.reward_weights
+        _check(
+            self,
+            {
+                name: (_whole(getattr(self, name), low), f"a whole number of at least {low}")
+                for name, low in least.items()
+            }
+            | {
+                "temperature": (_number(self.temperature, above=0), "a number above 0"),
+                "truncate_prompts": (self.truncate_prompts in ("error", "left"), "'error' or 'left'"),
+                "critic": (
+                    self.critic in ("auto", "prefix", "value_head", "none"),
+                    "'auto', 'prefix', 'value_head' or 'none'",
+                ),
+                "on_bad_reward": (self.on_bad_reward in ("error", "skip"), "'error' or 'skip'"),
+                "reward_weights": (
+                    weights is None or (all(_number(w) for w in weights) and any(weights)),
+                    "finite numbers, not all zero",
+                ),
+                "reward_timeout": (
+                    self.reward_timeout is None or _number(self.reward_timeout, above=0),
+                    "a number of seconds above 0, or None",
+                ),
+            },
+        )
+
+
+def describe(settings: Any) -> dict[str, Any]:
+    """Return the fields of a settings dataclass as plain JSON values."""
+    return {f.name: getattr(settings, f.name) for f in fields(settings)}
