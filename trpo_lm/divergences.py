@@ -1,0 +1,55 @@
+"""Distributions over the vocabulary: log-probability of a token, entropy, exact KL.
+
+    log pi(a|s) = z_a - logsumexp(z)
+    H(pi)       = - sum_a pi(a) log pi(a)
+    KL(p ‖ q)   = sum_a p(a) (log p(a) - log q(a))
+
+Everything takes logits and works in float32 (float64 stays float64): a bfloat16 log-softmax gets
+the KL of two near policies wrong by a thousand times its size. Nothing here samples, and no
+estimator of a KL is offered.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return log-probabilities in at least float32; `logits` is (..., V)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits, dim=-1, dtype=dtype)
+
+
+def token_logprobs(logprobs: Tensor, actions: Tensor) -> Tensor:
+    """Pick log pi(a_t|s_t): `logprobs` (..., V), `actions` (...) of int64; returns (...), nats."""
+    return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """Return H(pi) per state in nats; `logprobs` (..., V), impossible tokens (-inf) count 0."""
+    finite = logprobs
+    if logprobs.amin() == -torch.inf:
+        finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
+    return -(logprobs.exp() * finite).sum(-1)
+
+
+def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
+    """Return KL(old ‖ new) per state, summed over the whole vocabulary.
+
+    Written as  sum_a [ p (log p - log q) + q - p ]. The last two sum to nothing, because both are
+    distributions, but with them every term is >= 0 and the rounding of the two normalisers enters
+    squared: two float32 policies a hair apart get a KL that is right, not noise around zero.
+
+    Args:
+        old: Log-probabilities of p, shape (..., V); -inf where p is zero.
+        new: Log-probabilities of q, shape (..., V).
+
+    Returns:
+        KL in nats, shape (...); +inf where q is zero and p is not. Differentiable in both.
+    """
+    p, gap = old.exp(), old - new
+    if old.amin() == -torch.inf:  # 0 log 0 = 0, also where q is zero as well
+        gap = torch.where(old == -torch.inf, 0.0, old.masked_fill(old == -torch.inf, 0.0) - new)
+        gap = torch.where(old == -torch.inf, 0.0, gap)
+    return (p * gap + (new.exp() - p)).sum(-1)
