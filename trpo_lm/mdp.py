@@ -1,0 +1,427 @@
+"""The token-level MDP, and batches sampled from it.
+
+    state s_t = (prompt, y_<t)      action y_t = next token (EOS is one)      s_t+1 = s_t + y_t
+
+An episode ends at EOS or at the length limit. The score of the whole completion is paid at its last
+action, plus rewards per token where a reward function gives them. `TokenMDP.step` is the
+definition; `TokenMDP.rollout` is the batched path through `model.generate`, and a test holds them
+together. Masks come from lengths, never from token values: the pad token may well be EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from trpo_lm.divergences import categorical_kl, entropy, token_logprobs
+from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.policy import Policy
+from trpo_lm.rewards import RewardBatch, Rewards
+from trpo_lm.seeds import global_seed
+
+Prompt = str | list[dict[str, str]]
+
+GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
+
+# What transformers would otherwise inherit from the model's own generation_config: the sampler must
+# be the policy that is differentiated, nothing filtered and nothing penalised.
+NEUTRAL_SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "num_beams": 1,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "renormalize_logits": False,
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """A prompt and the actions taken so far."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...] = ()
+    columns: Any = None
+
+
+@dataclass
+class Rollout:
+    """N completions and what they were paid.
+
+    Its tensors live on the CPU; `Policy` moves what it runs on.
+
+    Attributes:
+        prompts, completions: Text, N each; completions without special tokens.
+        columns: Further dataset columns, N values each.
+        groups: Index of the prompt of each completion, (N,) int64.
+        input_ids, attention_mask: Prompt (left-padded) and completion (right-padded), (N, P + T).
+        action_mask: True where the policy chose the token, (N, T).
+        truncated: Ended by the length limit, not by EOS, (N,) bool.
+        rewards: Reward of each action, (N, T) float64.
+        scores: What the reward functions said.
+    """
+
+    prompts: list[Prompt]
+    completions: list[str]
+    columns: dict[str, list]
+    groups: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    action_mask: Tensor
+    truncated: Tensor
+    rewards: Tensor
+    scores: RewardBatch
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Actions of each completion, (N,)."""
+        return self.action_mask.sum(-1)
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        """Actions of each completion, without padding."""
+        ids = self.input_ids[:, -self.action_mask.shape[1] :]
+        return [row[mask].tolist() for row, mask in zip(ids, self.action_mask, strict=True)]
+
+    @property
+    def actions(self) -> Tensor:
+        """All actions row by row, (S,)."""
+        return self.input_ids[:, -self.action_mask.shape[1] :][self.action_mask]
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """Lay (S,) values of the action tokens out as (N, T), zeros elsewhere."""
+        out = flat.new_zeros(self.action_mask.shape)
+        out[self.action_mask.to(flat.device)] = flat
+        return out
+
+    def token_index(self, rows: Tensor) -> Tensor:
+        """Return where the action tokens of some rows stand in the flat order of all, row by row."""
+        start = self.lengths.cumsum(0) - self.lengths
+        return torch.cat([torch.arange(s, s + n) for s, n in self._spans(start, rows)])
+
+    def _spans(self, start: Tensor, rows: Tensor) -> Iterator[tuple[int, int]]:
+        return zip(start[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+
+    def micro_batches(self, size: int, rows: Tensor | None = None) -> Iterator[Tensor]:
+        """Cut rows into groups of about equal length, so that little padding is computed."""
+        rows = torch.arange(len(self)) if rows is None else rows
+        return iter(rows[self.attention_mask.sum(-1)[rows].argsort(stable=True)].split(size))
+
+    def model_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return input_ids, attention_mask and state_mask of some rows, padding cut off."""
+        ids, mask, action = self.input_ids[rows], self.attention_mask[rows], self.action_mask[rows]
+        states = torch.zeros_like(mask, dtype=torch.bool)
+        T = action.shape[1]
+        states[:, -T - 1 : -1] = action  # the output at a position is the policy for the next
+        used = mask.any(0).nonzero()
+        keep = slice(int(used[0]), int(used[-1]) + 1)
+        return ids[:, keep], mask[:, keep], states[:, keep]
+
+
+class TokenMDP:
+    """Prompts in, completions and rewards out.
+
+    Args:
+        tokenizer: Of the policy's model.
+        rewards: Scores completions.
+        eos_token_ids: Any of them ends a completion.
+        max_completion_length: Actions allowed, >= 1.
+        pad_token_id: Fills unused positions; EOS when the tokenizer has no pad token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rewards: Rewards,
+        *,
+        eos_token_ids: Sequence[int],
+        max_completion_length: int,
+        pad_token_id: int | None = None,
+    ):
+        if max_completion_length < 1:
+            raise TrpoLMError("a completion needs room for a token", where="max_completion_length")
+        if not eos_token_ids and pad_token_id is None and tokenizer.pad_token_id is None:
+            raise TrpoLMError(
+                "the tokenizer has neither a pad nor an eos token", where="processing_class",
+                hint="set tokenizer.eos_token (a token that ends a text) before training",
+            )  # fmt: skip
+        self.tokenizer, self.rewards = tokenizer, rewards
+        self.eos_token_ids = sorted(set(eos_token_ids))
+        self.max_completion_length = max_completion_length
+        candidates = (pad_token_id, tokenizer.pad_token_id, *self.eos_token_ids)
+        self.pad_token_id = next(i for i in candidates if i is not None)
+
+    def reset(self, prompt: Prompt, columns: dict[str, Any] | None = None) -> State:
+        """Return the initial state of a prompt."""
+        return State(prompt, tuple(encode_prompt(self.tokenizer, prompt)), (), columns or {})
+
+    def step(self, state: State, action: int) -> tuple[State, float, bool, bool]:
+        """Append a token: returns the next state, the reward, terminated (EOS) and truncated."""
+        ids = (*state.completion_ids, int(action))
+        after = State(state.prompt, state.prompt_ids, ids, state.columns)
+        terminated = action in self.eos_token_ids
+        truncated = not terminated and len(ids) >= self.max_completion_length
+        if not (terminated or truncated):
+            return after, 0.0, False, False
+        columns = {name: [value] for name, value in (state.columns or {}).items()}
+        scores = self.rewards([state.prompt], [self.text(ids)], [list(ids)], columns)
+        return after, float(scores.terminal[0]), terminated, truncated
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return a completion as the reward functions see it: no special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def rollout(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        *,
+        completions_per_prompt: int = 1,
+        columns: dict[str, list] | None = None,
+        seed: tuple[int | str, ...] = (0,),
+        trainer_state: Any = None,
+    ) -> Rollout:
+        """Sample completions from the policy and score them.
+
+        Args:
+            policy: Samples with its own temperature and nothing else.
+            prompts: One for each group.
+            completions_per_prompt: Completions of each prompt; they stand side by side.
+            columns: Further dataset columns, one value a prompt; they reach the reward functions.
+            seed: What the random numbers derive from.
+            trainer_state: Passed on to reward functions that ask for it.
+
+        Raises:
+            RunFault: If the model returns non-finite logits, or a reward function fails.
+        """
+        groups = torch.arange(len(prompts)).repeat_interleave(completions_per_prompt)
+        repeated = [prompts[i] for i in groups]
+        values = {k: [v[i] for i in groups] for k, v in (columns or {}).items()}
+        encoded = [encode_prompt(self.tokenizer, p) for p in prompts]
+        ids, mask = self._left_pad([encoded[i] for i in groups])
+        sampled = torch.cat(
+            [
+                self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start))
+                for part in _slices(len(ids), GENERATE_ROWS)
+            ]
+        )
+        lengths, truncated = self._lengths(sampled)
+        T = int(lengths.max())
+        action_mask = torch.arange(T)[None] < lengths[:, None]
+        sampled = sampled[:, :T].masked_fill(~action_mask, self.pad_token_id)
+        completion_ids = [row[:n].tolist() for row, n in zip(sampled, lengths, strict=True)]
+        completions = [self.text(row) for row in completion_ids]
+        scores = self.rewards(repeated, completions, completion_ids, values, trainer_state)
+        return Rollout(
+            prompts=repeated,
+            completions=completions,
+            columns=values,
+            groups=groups,
+            input_ids=torch.cat([ids, sampled], dim=1),
+            attention_mask=torch.cat([mask, action_mask.to(mask.dtype)], dim=1),
+            action_mask=action_mask,
+            truncated=truncated,
+            rewards=_token_rewards(scores, lengths, T),
+            scores=scores,
+        )
+
+    def prefix_texts(self, rollout: Rollout) -> list[list[str]]:
+        """Decode every prefix y_<t of every completion: one text for each action's state."""
+        return [
+            [self.text(ids[:t]) for t in range(len(ids))] for ids in rollout.completion_ids
+        ]
+
+    def _left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        P = max(map(len, prompts))
+        ids = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
+        mask = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
+        return torch.tensor(ids), torch.tensor(mask)
+
+    @torch.no_grad()
+    def _generate(self, policy: Policy, ids: Tensor, mask: Tensor, seed: tuple) -> Tensor:
+        """Return sampled tokens, (n, max_completion_length), anything after EOS."""
+        config = GenerationConfig(
+            **NEUTRAL_SAMPLING,
+            temperature=policy.temperature,
+            max_new_tokens=self.max_completion_length,
+            eos_token_id=self.eos_token_ids or None,
+            pad_token_id=self.pad_token_id,
+        )
+        own, policy.base.generation_config = policy.base.generation_config, config
+        try:
+            with global_seed(*seed, device=policy.device):  # type: ignore[misc]
+                out = policy.base.generate(
+                    input_ids=ids.to(policy.device),
+                    attention_mask=mask.to(policy.device),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([_FiniteLogits()]),
+                )
+        finally:
+            policy.base.generation_config = own
+        out = out[:, ids.shape[1] :].cpu()
+        missing = self.max_completion_length - out.shape[1]
+        return torch.nn.functional.pad(out, (0, missing), value=self.pad_token_id)
+
+    def _lengths(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the number of actions of each row, EOS included, and whether none was EOS."""
+        eos = torch.isin(sampled, torch.tensor(self.eos_token_ids, dtype=sampled.dtype))
+        ended = eos.any(-1)
+        first = eos.int().argmax(-1) + 1
+        return torch.where(ended, first, sampled.shape[1]), ~ended
+
+
+class _FiniteLogits(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if torch.isnan(scores).any() or (scores == torch.inf).any():
+            raise RunFault(
+                "non-finite logits at layer output", where="generation",
+                hint="a weight of the model is nan or infinite, or its dtype overflows",
+            )  # fmt: skip
+        return scores
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _token_rewards(scores: RewardBatch, lengths: Tensor, T: int) -> Tensor:
+    """Pay the terminal part at the last action of each row, and token rewards where they belong."""
+    rewards = torch.zeros(len(lengths), T, dtype=torch.float64)
+    rewards[torch.arange(len(lengths)), lengths - 1] = scores.terminal
+    for row, values in enumerate(scores.token_rewards or []):
+        rewards[row, : len(values)] += torch.tensor(values, dtype=torch.float64)
+    return rewards
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return the token ids of a prompt, with the beginning-of-text token its tokenizer puts.
+
+    Raises:
+        TrpoLMError: If the prompt is neither text nor messages, or has no token at all.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+    elif isinstance(prompt, list):
+        if not getattr(tokenizer, "chat_template", None):
+            raise TrpoLMError(
+                "the prompt is a conversation and the tokenizer has no chat template",
+                hint="set tokenizer.chat_template, or give prompts as plain text",
+            )
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        raise TrpoLMError(f"a prompt must be text or messages, not {type(prompt).__name__}")
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise TrpoLMError(
+            "the prompt is empty and the tokenizer has no bos token",
+            hint="remove the row, or give it at least one token",
+        )
+    return ids
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return every id that ends a completion: the model's generation config and the tokenizer's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+@dataclass
+class Batch:
+    """A rollout with what the old policy and the reference say about its states.
+
+    Attributes:
+        rollout: The completions, N.
+        old_features, ref_features: Features of both at every state, (S, D).
+        hidden: The reference's last hidden states, (S, D): what a value head looks at.
+        old_logprobs: log pi_old of each action, (S,), nats.
+        entropy: Entropy of pi_old at each state, (S,), nats.
+        ref_kl: KL(pi_old ‖ pi_ref) at each state, exact, (S,), nats.
+        actions: The tokens that were chosen, (S,) int64.
+        rewards: What the update maximises, (N, T) float64 on the CPU.
+        values: V(s_t), (N, T) float64 on the CPU.
+        advantages: A_t, (S,), in units of their standard deviation.
+        micro_batch_size: Completions per forward pass.
+    """
+
+    rollout: Rollout
+    old_features: Tensor
+    ref_features: Tensor
+    hidden: Tensor
+    old_logprobs: Tensor
+    entropy: Tensor
+    ref_kl: Tensor
+    actions: Tensor
+    rewards: Tensor
+    values: Tensor
+    advantages: Tensor
+    micro_batch_size: int
+
+    def micro_batches(self, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return pairs of row indices and the indices of their tokens in the flat order."""
+        for part in self.rollout.micro_batches(self.micro_batch_size, rows):
+            yield part, self.rollout.token_index(part)
+
+
+@torch.no_grad()
+def measure(policy: Policy, rollout: Rollout, *, micro_batch_size: int) -> Batch:
+    """Run old policy and reference over a rollout; values and advantages are still zero."""
+    old = all_features(policy, rollout, micro_batch_size)[1]
+    with policy.reference():
+        hidden, ref = all_features(policy, rollout, micro_batch_size)
+    columns: list[tuple[Tensor, ...]] = []
+    actions = rollout.actions.to(old.device)
+    for where in policy.chunks(len(old)):
+        log_old, log_ref = policy.logprobs(old[where]), policy.logprobs(ref[where])
+        columns.append(
+            (
+                token_logprobs(log_old, actions[where]),
+                entropy(log_old),
+                categorical_kl(old=log_old, new=log_ref),
+            )
+        )
+    logprobs, entropies, ref_kl = (torch.cat(c) for c in zip(*columns, strict=True))
+    return Batch(
+        rollout=rollout,
+        old_features=old,
+        ref_features=ref,
+        hidden=hidden,
+        old_logprobs=logprobs,
+        entropy=entropies,
+        ref_kl=ref_kl,
+        actions=actions,
+        rewards=rollout.rewards,
+        values=torch.zeros_like(rollout.rewards),
+        advantages=torch.zeros_like(logprobs),
+        micro_batch_size=micro_batch_size,
+    )
+
+
+@torch.no_grad()
+def all_features(policy: Policy, rollout: Rollout, size: int) -> tuple[Tensor, Tensor]:
+    """Return hidden states and features of every state of a rollout, in flat order."""
+    parts, order = [], []
+    for rows in rollout.micro_batches(size):
+        parts.append(policy.hidden_and_features(*rollout.model_inputs(rows)))
+        order.append(rollout.token_index(rows))
+    back = torch.cat(order).argsort()
+    hidden, features = (torch.cat(p)[back] for p in zip(*parts, strict=True))
+    return hidden, features
