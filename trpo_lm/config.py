@@ -90,6 +90,50 @@ class TRPOSettings:
 
 
 @dataclass(frozen=True)
+class PPOSettings:
+    """Policy gradient with Adam: PPO, and with other values REINFORCE, RLOO and GRPO."""
+
+    learning_rate: float = option(1e-3, "Adam's step size; constant")
+    epochs: int = option(4, "passes over each batch")
+    minibatches: int = option(4, "optimiser steps in one pass")
+    clip: float | None = option(0.2, "ratio is clipped to 1 +- clip; none: not clipped")
+    beta: float = option(0.1, "price of the reference KL in the reward, score units per nat")
+    target_ref_kl: float | None = option(
+        None, "reference KL that beta adapts towards, nats per completion; none: beta is fixed"
+    )
+    advantage: str = option("gae", "'gae' (critic), 'leave_one_out' (RLOO), 'group_normalised' (GRPO)")
+    gamma: float = option(1.0, "discount per token, in (0, 1]")
+    lam: float | None = option(None, "GAE lambda, in [0, 1]; default: the critic's")
+    max_grad_norm: float | None = option(1.0, "gradients longer than this are cut; none: never")
+
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "learning_rate": (_number(self.learning_rate, above=0), "a number above 0"),
+                "epochs": (_whole(self.epochs, 1), "at least 1"),
+                "minibatches": (_whole(self.minibatches, 1), "at least 1"),
+                "clip": (self.clip is None or _number(self.clip, above=0), "above 0, or None"),
+                "beta": (_number(self.beta, least=0), "a number of at least 0"),
+                "target_ref_kl": (
+                    self.target_ref_kl is None or _number(self.target_ref_kl, above=0),
+                    "a number above 0, or None",
+                ),
+                "advantage": (
+                    self.advantage in ("gae", "leave_one_out", "group_normalised"),
+                    "'gae', 'leave_one_out' or 'group_normalised'",
+                ),
+                "gamma": (_number(self.gamma, above=0, most=1), "in (0, 1]"),
+                "lam": (self.lam is None or _number(self.lam, least=0, most=1), "in [0, 1]"),
+                "max_grad_norm": (
+                    self.max_grad_norm is None or _number(self.max_grad_norm, above=0),
+                    "above 0, or None",
+                ),
+            },
+        )
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """Everything about a run that is not the update rule."""
 
@@ -118,6 +162,7 @@ class TrainerConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in backward passes")
     logging_steps: int = option(1, "updates between two lines of the log")
     eval_steps: int = option(0, "updates between two evaluations on held-out prompts; 0: at the end")
+    eval_prompts: int = option(256, "held-out prompts used for one evaluation, all processes")
     save_steps: int = option(10, "updates between two checkpoints; 0: only at the end")
     save_total_limit: int = option(2, "complete checkpoints kept; the newest are")
     resume_from_checkpoint: str | None = option(
@@ -133,7 +178,7 @@ class TrainerConfig:
         least = {
             "seed": 0, "updates": 1, "prompts_per_update": 1, "completions_per_prompt": 1,
             "max_completion_length": 1, "micro_batch_size": 1, "prefix_stride": 1,
-            "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "save_total_limit": 1,
+            "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1, "save_steps": 0, "save_total_limit": 1,
         }  # fmt: skip
         weights = self.reward_weights
         _check(

@@ -27,3 +27,19 @@ class RunFault(TrpoLMError):
     """A fault met while running: a bad reward, non-finite logits, a full disk."""
 
     exit_code = 3
+
+
+class Interrupted(BaseException):
+    """The run was stopped by a signal, after its state was saved.
+
+    Not an `Exception`, for the reason that `KeyboardInterrupt` is none: an `except Exception` in a
+    reward function must not swallow it.
+
+    Args:
+        message: What was saved and how to go on from it.
+        signum: The signal's number; the exit code is 128 more, 130 for SIGINT and 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, *, signum: int):
+        self.exit_code = 128 + signum
+        super().__init__(message)

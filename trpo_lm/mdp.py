@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Rollout:
         truncated: Ended by the length limit, not by EOS, (N,) bool.
         rewards: Reward of each action, (N, T) float64.
         scores: What the reward functions said.
+        score_seconds: Time they took.
     """
 
     prompts: list[Prompt]
@@ -84,6 +86,7 @@ class Rollout:
     truncated: Tensor
     rewards: Tensor
     scores: RewardBatch
+    score_seconds: float
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -227,6 +230,7 @@ class TokenMDP:
         sampled = sampled[:, :T].masked_fill(~action_mask, self.pad_token_id)
         completion_ids = [row[:n].tolist() for row, n in zip(sampled, lengths, strict=True)]
         completions = [self.text(row) for row in completion_ids]
+        start = perf_counter()
         scores = self.rewards(repeated, completions, completion_ids, values, trainer_state)
         return Rollout(
             prompts=repeated,
@@ -239,6 +243,7 @@ class TokenMDP:
             truncated=truncated,
             rewards=_token_rewards(scores, lengths, T),
             scores=scores,
+            score_seconds=perf_counter() - start,
         )
 
     def prefix_texts(self, rollout: Rollout) -> list[list[str]]:
@@ -352,7 +357,7 @@ class Batch:
         rollout: The completions, N.
         old_features, ref_features: Features of both at every state, (S, D).
         hidden: The reference's last hidden states, (S, D): what a value head looks at.
-        old_logprobs: log pi_old of each action, (S,), nats.
+        old_logprobs, ref_logprobs: log-probability of each action, (S,), nats.
         entropy: Entropy of pi_old at each state, (S,), nats.
         ref_kl: KL(pi_old ‖ pi_ref) at each state, exact, (S,), nats.
         actions: The tokens that were chosen, (S,) int64.
@@ -367,6 +372,7 @@ class Batch:
     ref_features: Tensor
     hidden: Tensor
     old_logprobs: Tensor
+    ref_logprobs: Tensor
     entropy: Tensor
     ref_kl: Tensor
     actions: Tensor
@@ -394,17 +400,19 @@ def measure(policy: Policy, rollout: Rollout, *, micro_batch_size: int) -> Batch
         columns.append(
             (
                 token_logprobs(log_old, actions[where]),
+                token_logprobs(log_ref, actions[where]),
                 entropy(log_old),
                 categorical_kl(old=log_old, new=log_ref),
             )
         )
-    logprobs, entropies, ref_kl = (torch.cat(c) for c in zip(*columns, strict=True))
+    logprobs, ref_logprobs, entropies, ref_kl = (torch.cat(c) for c in zip(*columns, strict=True))
     return Batch(
         rollout=rollout,
         old_features=old,
         ref_features=ref,
         hidden=hidden,
         old_logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
         entropy=entropies,
         ref_kl=ref_kl,
         actions=actions,

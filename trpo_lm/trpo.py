@@ -204,7 +204,12 @@ class TRPO(TRPOSettings):
         return whiten(A, mask & r.scores.valid[:, None], reduce)
 
     def update(
-        self, policy: Policy, batch: Batch, reduce: Reduce, state: dict[str, Any]
+        self,
+        policy: Policy,
+        batch: Batch,
+        reduce: Reduce,
+        state: dict[str, Any],
+        seed: tuple[int | str, ...] = (),
     ) -> dict[str, Any]:
         """Make one update and return its metrics.
 
@@ -213,6 +218,7 @@ class TRPO(TRPOSettings):
             batch: Completions sampled from it, with advantages.
             reduce: Sums a tensor over ranks.
             state: From `init_state`; changed in place.
+            seed: Not used: nothing in this update is random.
         """
         theta = policy.parameters
         N = float(reduce(torch.tensor(float(len(batch.rollout)), dtype=torch.float64)))
