@@ -34,7 +34,9 @@ def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _number(value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf):
+def _number(
+    value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return math.isfinite(value) and value > above and least <= value <= most
@@ -49,7 +51,7 @@ class TRPOSettings:
     )
     max_ref_kl: float | None = option(
         3.0,
-        "budget: KL(policy || reference) allowed to the whole run, nats per completion; none: no budget",
+        "budget: KL(policy || reference) allowed to the whole run, nats per completion, or none",
     )
     gamma: float = option(1.0, "discount per token, in (0, 1]")
     lam: float | None = option(
@@ -57,14 +59,18 @@ class TRPOSettings:
     )
     cg_iterations: int = option(8, "conjugate-gradient iterations at most, for each of two solves")
     cg_tolerance: float = option(0.01, "relative residual at which conjugate gradient stops")
-    damping: float = option(
-        0.1, "added to the Fisher's diagonal, as a share of its Rayleigh quotient along the gradient"
+    damping: float | None = option(
+        None,
+        "added to the Fisher's diagonal, as a share of its Rayleigh quotient along the gradient; "
+        "default: the measured noise scale in batches",
     )
     fisher_completions: int = option(
         64, "completions (over all processes) whose tokens make up the Fisher products"
     )
     line_search_trials: int = option(8, "step lengths tried before the step is given up")
-    backtrack_ratio: float = option(0.8, "each trial's step as a share of the one before, in (0, 1)")
+    backtrack_ratio: float = option(
+        0.8, "each trial's step as a share of the one before, in (0, 1)"
+    )
     accept_ratio: float = option(0.1, "least share of the predicted gain that a step must deliver")
 
     def __post_init__(self):
@@ -80,10 +86,16 @@ class TRPOSettings:
                 "lam": (self.lam is None or _number(self.lam, least=0, most=1), "in [0, 1]"),
                 "cg_iterations": (_whole(self.cg_iterations, 1), "a whole number of at least 1"),
                 "cg_tolerance": (_number(self.cg_tolerance, least=0), "a number of at least 0"),
-                "damping": (_number(self.damping, least=0), "a number of at least 0"),
+                "damping": (
+                    self.damping is None or _number(self.damping, least=0),
+                    "a number of at least 0, or None",
+                ),
                 "fisher_completions": (_whole(self.fisher_completions, 1), "at least 1"),
                 "line_search_trials": (_whole(self.line_search_trials, 1), "at least 1"),
-                "backtrack_ratio": (_number(self.backtrack_ratio, above=0, most=0.999), "in (0, 1)"),
+                "backtrack_ratio": (
+                    _number(self.backtrack_ratio, above=0, most=0.999),
+                    "in (0, 1)",
+                ),
                 "accept_ratio": (_number(self.accept_ratio, least=0, most=1), "in [0, 1]"),
             },
         )
@@ -101,7 +113,9 @@ class PPOSettings:
     target_ref_kl: float | None = option(
         None, "reference KL that beta adapts towards, nats per completion; none: beta is fixed"
     )
-    advantage: str = option("gae", "'gae' (critic), 'leave_one_out' (RLOO), 'group_normalised' (GRPO)")
+    advantage: str = option(
+        "gae", "'gae' (critic), 'leave_one_out' (RLOO), 'group_normalised' (GRPO)"
+    )
     gamma: float = option(1.0, "discount per token, in (0, 1]")
     lam: float | None = option(None, "GAE lambda, in [0, 1]; default: the critic's")
     max_grad_norm: float | None = option(1.0, "gradients longer than this are cut; none: never")
@@ -146,7 +160,7 @@ class TrainerConfig:
     max_completion_length: int = option(24, "tokens a completion may have; then it is truncated")
     temperature: float = option(1.0, "sampling temperature; the policy is the tempered softmax")
     truncate_prompts: str = option(
-        "error", "a prompt too long for the model's context: 'error', or 'left' to drop its beginning"
+        "error", "a prompt too long for the model: 'error', or 'left' to drop its beginning"
     )
     micro_batch_size: int = option(64, "completions per forward pass; changes memory, not results")
     critic: str = option("auto", "'auto', 'prefix', 'value_head' or 'none'")
@@ -154,14 +168,20 @@ class TrainerConfig:
         1, "score every k-th prefix with an encoder reward model, interpolating between"
     )
     reward_weights: list[float] | None = option(None, "one weight for each reward function")
-    on_bad_reward: str = option("error", "a reward that is nan or infinite: 'error' or 'skip' the row")
+    on_bad_reward: str = option(
+        "error", "a reward that is nan or infinite: 'error' or 'skip' the row"
+    )
     reward_timeout: float | None = option(
         None, "seconds after which a reward function is killed; runs functions in worker processes"
     )
-    bf16: bool = option(False, "load the frozen base in bfloat16; LoRA, KL and solver stay in float32")
+    bf16: bool = option(
+        False, "load the frozen base in bfloat16; LoRA, KL and solver stay in float32"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in backward passes")
     logging_steps: int = option(1, "updates between two lines of the log")
-    eval_steps: int = option(0, "updates between two evaluations on held-out prompts; 0: at the end")
+    eval_steps: int = option(
+        0, "updates between two evaluations on held-out prompts; 0: at the end"
+    )
     eval_prompts: int = option(256, "held-out prompts used for one evaluation, all processes")
     save_steps: int = option(10, "updates between two checkpoints; 0: only at the end")
     save_total_limit: int = option(2, "complete checkpoints kept; the newest are")
@@ -178,7 +198,8 @@ class TrainerConfig:
         least = {
             "seed": 0, "updates": 1, "prompts_per_update": 1, "completions_per_prompt": 1,
             "max_completion_length": 1, "micro_batch_size": 1, "prefix_stride": 1,
-            "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1, "save_steps": 0, "save_total_limit": 1,
+            "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1, "save_steps": 0,
+            "save_total_limit": 1,
         }  # fmt: skip
         weights = self.reward_weights
         _check(
@@ -189,7 +210,10 @@ class TrainerConfig:
             }
             | {
                 "temperature": (_number(self.temperature, above=0), "a number above 0"),
-                "truncate_prompts": (self.truncate_prompts in ("error", "left"), "'error' or 'left'"),
+                "truncate_prompts": (
+                    self.truncate_prompts in ("error", "left"),
+                    "'error' or 'left'",
+                ),
                 "critic": (
                     self.critic in ("auto", "prefix", "value_head", "none"),
                     "'auto', 'prefix', 'value_head' or 'none'",

@@ -15,6 +15,7 @@ class CGSolution:
 
     Attributes:
         x: The solution, (M,); always finite.
+        Ax: A x, (M,), from the recurrence: no further product is needed for x.Ax.
         residual: ||b - (A + shift) x|| / ||b||, dimensionless.
         iterations: Products with A that were used.
         status: 'converged', 'max_iterations', 'indefinite' (a direction of negative curvature was
@@ -24,6 +25,7 @@ class CGSolution:
     """
 
     x: Tensor
+    Ax: Tensor
     residual: float
     iterations: int
     status: str
@@ -65,9 +67,9 @@ def conjugate_gradient(
     if b.dim() != 1 or max_iterations < 1:
         raise ValueError("b must be a vector and max_iterations at least 1")
     x, shift = torch.zeros_like(b), 0.0
-    b_norm = float(b.norm())
+    b_norm = float(torch.linalg.vector_norm(b, dtype=torch.float64))  # float32 squares overflow
     if b_norm == 0.0 or not torch.isfinite(b).all():
-        return CGSolution(x, 0.0, 0, "zero" if b_norm == 0.0 else "nonfinite", shift)
+        return CGSolution(x, x, 0.0, 0, "zero" if b_norm == 0.0 else "nonfinite", shift)
     r = b / b_norm  # normalised, so that float32 neither over- nor underflows
     p, rr, status, iteration = r.clone(), 1.0, "max_iterations", 0
     for iteration in range(1, max_iterations + 1):
@@ -90,4 +92,5 @@ def conjugate_gradient(
             status = "converged"
             break
         p = r + (rr / rr_before) * p
-    return CGSolution(x * b_norm, rr**0.5, iteration, status, shift)
+    Ax = b - (r + shift * x) * b_norm
+    return CGSolution(x * b_norm, Ax, rr**0.5, iteration, status, shift)

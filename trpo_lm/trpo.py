@@ -33,13 +33,17 @@ from trpo_lm.parameters import ParameterVector
 from trpo_lm.policy import Policy
 from trpo_lm.trust_region import Step, plane_step
 
+LEAST_DAMPING, MOST_DAMPING = 0.03, 10.0  # Fisher products are sampled too; pure gradient
+KL_MARGIN = 1.05  # the trust region aims this much inside max_kl: a second trial costs a forward
+MEMORY = 0.9  # weight of earlier updates in the running means of signal and noise
+
 Product = Callable[[Tensor], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Exact quantities on the batch at some theta: gain of L, D, R, and the largest KL of a state."""
+    """Exact on the batch at some theta: gain of L, D, R, and the largest KL of a state."""
 
     gain: float
     kl: float
@@ -66,6 +70,7 @@ def constrained_update(
     settings: TRPOSettings,
     *,
     radius: float,
+    damping: tuple[float, float] = (0.0, 0.0),
     ref_kl: float = math.nan,
     budget: float = math.inf,
 ) -> Update:
@@ -79,29 +84,25 @@ def constrained_update(
         measure: Exact gain, D and R at the present theta, reduced over ranks.
         settings: How to solve and how to search.
         radius: Trust region of this step, nats, <= settings.max_kl.
+        damping: Of the solves for v and for w, relative as `conjugate_gradient` takes it.
         ref_kl: k, R at theta_old as this batch measures it, nats.
         budget: K on the scale of this batch's R, nats.
 
     Returns:
         The solves, the step and the search; theta is at the accepted point.
     """
-    solve = {
-        "max_iterations": settings.cg_iterations,
-        "rtol": settings.cg_tolerance,
-        "damping": settings.damping,
-    }
-    v = conjugate_gradient(F, g, **solve)
-    w = conjugate_gradient(F, b, **solve) if b is not None else None
-    plane = torch.stack([v.x] if w is None else [v.x, w.x])
-    curved = torch.stack([F(x) for x in plane])
+    solve = {"max_iterations": settings.cg_iterations, "rtol": settings.cg_tolerance}
+    v = conjugate_gradient(F, g, damping=damping[0], **solve)
+    w = conjugate_gradient(F, b, damping=damping[1], **solve) if b is not None else None
+    plane, curved = spanning(F, v, w)
     step = plane_step(
         plane @ curved.T,
-        plane @ g,
-        None if b is None else plane @ b,
+        plane @ g.double(),
+        None if b is None else plane @ b.double(),
         delta=radius,
         excess=ref_kl - budget if b is not None else 0.0,
     )
-    x = torch.tensor(step.multipliers, dtype=g.dtype, device=g.device) @ plane
+    x = (torch.tensor(step.multipliers, dtype=torch.float64, device=g.device) @ plane).to(g)
     theta_old = theta.snapshot()
 
     def at(scale: float) -> Measurement:
@@ -131,6 +132,25 @@ def constrained_update(
     if not search.accepted:
         theta.restore(theta_old)
     return Update(v, w, step, search)
+
+
+def spanning(F: Product, v: CGSolution, w: CGSolution | None) -> tuple[Tensor, Tensor]:
+    """Return directions that span the plane of v and w, and F times each: (n, M) float64 both.
+
+    Near the constrained optimum v and w nearly coincide, and in float32 what tells them apart is
+    lost in the rounding of their products. There w gives way to its part across v, with a product
+    of its own.
+    """
+    plane, curved = [v.x.double()], [v.Ax.double()]
+    if w is not None:
+        x, Fx = w.x.double(), w.Ax.double()
+        q, r, s = float(plane[0] @ curved[0]), float(plane[0] @ Fx), float(x @ Fx)
+        if q > 0 and s > 0 and r * r > 0.99 * q * s:
+            across = (x - r / q * plane[0]).to(w.x)
+            x, Fx = across.double(), F(across).double()
+        plane.append(x)
+        curved.append(Fx)
+    return torch.stack(plane), torch.stack(curved)
 
 
 def trust_region_step(
@@ -173,6 +193,7 @@ def trust_region_step(
         measure,
         settings,
         radius=settings.max_kl,
+        damping=(settings.damping or 0.0,) * 2,
         ref_kl=math.nan if k is None else float(k),
         budget=math.inf if settings.max_ref_kl is None else settings.max_ref_kl,
     )
@@ -190,7 +211,7 @@ class TRPO(TRPOSettings):
 
     def init_state(self, policy: Policy) -> dict[str, Any]:
         """Return the state kept between updates: plain numbers."""
-        return {"reference": None}
+        return {"reference": {}, "noise": {}, "kl_ratio": KL_MARGIN}
 
     def rewards(self, batch: Batch, state: dict[str, Any]) -> Tensor:
         """Return the rewards to maximise, (N, T): those of the MDP; the KL is a constraint."""
@@ -220,42 +241,90 @@ class TRPO(TRPOSettings):
             state: From `init_state`; changed in place.
             seed: Not used: nothing in this update is random.
         """
-        theta = policy.parameters
         N = float(reduce(torch.tensor(float(len(batch.rollout)), dtype=torch.float64)))
-        K = math.inf if self.max_ref_kl is None else self.max_ref_kl
-        k = float(reduce(batch.ref_kl.double().sum())) / N
-        g, b, signal = gradients(policy, batch, reduce, N, reference=self.max_ref_kl is not None)
+        sums_g, sums_b = gradients(policy, batch, reduce, reference=self.max_ref_kl is not None)
+        g, b = sums_g.sum(0) / N, None if sums_b is None else sums_b.sum(0) / N
+        signal = {name: noise(sums, N) for name, sums in (("g", sums_g), ("b", sums_b))}
+        damping = tuple(self._damping(state["noise"], name, signal[name], N) for name in signal)
         F = fisher(policy, batch, reduce, self.fisher_completions)
-        budget = K
+        k, budget = self._budget(state["reference"], batch, reduce, N)
+        radius = self.max_kl / max(1.0, state["kl_ratio"])
         result = constrained_update(
-            theta, g, b, F, lambda: measure_at(policy, batch, reduce, N), self,
-            radius=self.max_kl, ref_kl=k, budget=budget,
+            policy.parameters, g, b, F, lambda: measure_at(policy, batch, reduce, N), self,
+            radius=radius, damping=damping, ref_kl=k, budget=budget,
         )  # fmt: skip
-        trial, step = result.search.trial, result.step
-        accepted = result.search.accepted
+        trial, step, accepted = result.search.trial, result.step, result.search.accepted
+        change = trial.ref_kl - k if accepted else 0.0
+        state["reference"]["change"] = change
+        if accepted and step.kl > 0:  # how far exact KL exceeds its prediction from sampled Fisher products
+            ratio = trial.kl / (step.kl * result.search.scale**2)
+            state["kl_ratio"] += 0.5 * (KL_MARGIN * ratio - state["kl_ratio"])
         return {
             "trust_region/kl": trial.kl if accepted else 0.0,
             "trust_region/kl_max": trial.kl_max if accepted else 0.0,
             "trust_region/predicted_kl": step.kl * result.search.scale**2,
             "trust_region/predicted_gain": step.gain * result.search.scale,
             "trust_region/actual_gain": trial.gain if accepted else 0.0,
-            "trust_region/ref_kl_after": trial.ref_kl if accepted else k,
+            "trust_region/ref_kl_after": k + change,
             "trust_region/case": step.case,
             "trust_region/alignment": step.alignment,
-            "trust_region/radius": self.max_kl,
+            "trust_region/radius": radius,
             "cg/iterations": result.v.iterations + (result.w.iterations if result.w else 0),
             "cg/residual": result.v.residual,
+            "cg/damping": damping[0],
             "line_search/trials": result.search.trials,
             "line_search/accepted": accepted,
             "line_search/reason": result.search.reasons[-1] if result.search.reasons else None,
-            **signal,
+            "signal/noise_scale": signal["g"].scale,
+            "signal/half_batch_cosine": signal["g"].cosine,
         }
+
+    def _damping(self, kept: dict[str, list[float]], name: str, new: Noise, N: float) -> float:
+        """Return the relative damping of a solve whose right-hand side is as noisy as it is.
+
+        Wiener's filter: let the natural gradient be isotropic with variance tau^2 a component and
+        the sampled gradient be F theta* plus noise of covariance sigma^2 F / N. The best linear
+        estimate of theta* is (F + lambda I)^-1 g with lambda = sigma^2 / (N tau^2), which is
+        (noise scale / N) times tr F^2 / tr F, the Rayleigh quotient along a noisy gradient. So the
+        relative damping is the noise scale in batches; both its parts are running means.
+        """
+        if self.damping is not None:
+            return self.damping
+        signal, variance = kept.get(name, (0.0, 0.0))
+        kept[name] = [MEMORY * signal + new.signal, MEMORY * variance + new.variance]
+        signal, variance = kept[name]
+        batches = variance / (N * signal) if signal > 0 else math.inf
+        return min(max(batches, LEAST_DAMPING), MOST_DAMPING)
+
+    def _budget(
+        self, kept: dict[str, float], batch: Batch, reduce: Reduce, N: float
+    ) -> tuple[float, float]:
+        """Return k = R(theta_old) on this batch, and the budget on the scale of this batch's R.
+
+        A fresh rollout measures R with a sampling error of several per cent, and the run must stay
+        inside its budget, not around it. So R is tracked: the estimate of the update before, plus
+        the change its line search measured, corrected by the fresh measurement as their variances
+        say (a scalar Kalman filter); the step aims at the budget less one standard error.
+        """
+        per_completion = batch.rollout.padded(batch.ref_kl).double().sum(-1)
+        k = float(reduce(per_completion.sum())) / N
+        error = float(reduce((per_completion - k).square().sum())) / max(N - 1, 1) / N
+        estimate, variance = k, error
+        if "estimate" in kept:
+            change = kept["change"]
+            expected, doubt = kept["estimate"] + change, kept["variance"] + (0.1 * change) ** 2
+            trust = doubt / (doubt + error) if doubt + error > 0 else 1.0
+            estimate, variance = expected + trust * (k - expected), (1 - trust) * doubt
+        kept |= {"estimate": estimate, "variance": variance}
+        if self.max_ref_kl is None:
+            return k, math.inf
+        return k, k + (self.max_ref_kl - math.sqrt(variance)) - estimate
 
 
 def gradients(
-    policy: Policy, batch: Batch, reduce: Reduce, N: float, *, reference: bool
-) -> tuple[Tensor, Tensor | None, dict[str, float]]:
-    """Return g = grad L, b = grad R (both (M,), per completion) and the measured noise of g.
+    policy: Policy, batch: Batch, reduce: Reduce, *, reference: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return N grad L and N grad R as the sums over two halves of the batch, (2, M) each.
 
     grad R = E[ sum_t ( grad KL_t + grad log pi(a_t|s_t) sum_{t'>t} KL_t' ) ]: the second part is
     the drift through the prefixes that the policy visits.
@@ -265,11 +334,10 @@ def gradients(
     r, theta = batch.rollout, policy.parameters
     kl = r.padded(batch.ref_kl)
     after = (kl.flip(-1).cumsum(-1).flip(-1) - kl)[r.action_mask]  # sum over t' > t
-    halves = [theta.flatten([None] * len(theta.tensors)) for _ in range(2)]
-    b = torch.zeros_like(halves[0])
-    everyone = torch.arange(len(r))
-    for half, total in enumerate(halves):
-        for rows, tokens in batch.micro_batches(everyone[half::2]):
+    g = torch.zeros(2, len(theta), device=policy.device, dtype=theta.tensors[0].dtype)
+    b = torch.zeros_like(g)
+    for half in range(2):  # by prompt: completions of one prompt are not independent
+        for rows, tokens in batch.micro_batches((r.groups % 2 == half).nonzero()[:, 0]):
             features = policy.features(*r.model_inputs(rows))
             actions, advantages = batch.actions[tokens], batch.advantages[tokens]
             old_logprobs, drift = batch.old_logprobs[tokens], after[tokens]
@@ -285,42 +353,59 @@ def gradients(
                 return [surrogate, (kl_t + logprob * d[s]).sum()]
 
             for_g, *for_b = policy.cotangents(features, sums)
-            total += theta.gradient(features, cotangent=for_g, retain=bool(for_b))
+            g[half] += theta.gradient(features, cotangent=for_g, retain=bool(for_b))
             if for_b:
-                b += theta.gradient(features, cotangent=for_b[0])
-    first, second = (reduce(half) for half in halves)
-    g = (first + second) / N
-    return g, reduce(b) / N if reference else None, noise(first, second, N)
+                b[half] += theta.gradient(features, cotangent=for_b[0])
+    return reduce(g), reduce(b) if reference else None
 
 
-def noise(first: Tensor, second: Tensor, N: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Noise:
+    """Signal and noise of a sampled gradient: |mean|^2, and the variance of one completion's."""
+
+    signal: float
+    variance: float
+    cosine: float
+
+    @property
+    def scale(self) -> float:
+        """Completions at which signal equals noise; inf where the halves disagree altogether."""
+        return self.variance / self.signal if self.signal > 0 else math.inf
+
+
+def noise(sums: Tensor | None, N: float) -> Noise:
     """Compare the gradients of two halves of a batch.
 
-    noise scale = (variance of one completion's gradient) / |mean gradient|^2, the number of
-    completions at which signal equals noise; the product of two independent halves estimates the
-    signal without bias. inf where the halves disagree altogether.
+    The product of two independent halves estimates the squared signal without bias.
+
+    Args:
+        sums: Sums of gradients over the completions of each half, (2, M), or None.
+        N: Completions of both.
 
     Source: McCandlish et al. (2018), arXiv:1812.06162, App. A.
     """
-    first, second = first / (N / 2), second / (N / 2)
+    if sums is None:
+        return Noise(0.0, 0.0, math.nan)
+    first, second = sums.double() / (N / 2)
+    lengths = float(first.norm() * second.norm())
     signal = float(first @ second)
-    variance = float((first - second).square().sum()) * N / 4
-    length = float(first.norm() * second.norm())
-    return {
-        "signal/noise_scale": variance / signal if signal > 0 else math.inf,
-        "signal/half_batch_cosine": signal / length if length > 0 else math.nan,
-    }
+    return Noise(
+        signal=signal,
+        variance=float((first - second).square().sum()) * N / 4,
+        cosine=signal / lengths if lengths > 0 else math.nan,
+    )
 
 
 def fisher(policy: Policy, batch: Batch, reduce: Reduce, completions: int) -> FisherOperator:
     """Return F over the tokens of whole completions, an even share of the batch."""
     r = batch.rollout
-    share = max(1, min(len(r), completions))
+    everyone = float(reduce(torch.tensor(float(len(r)), dtype=torch.float64)))
+    share = max(1, min(len(r), math.ceil(completions * len(r) / everyone)))
     rows = torch.linspace(0, len(r) - 1, share).round().long().unique()
     pieces = []
     with twice_differentiable():
         for part, _ in batch.micro_batches(rows):
-            features = policy.features(*r.model_inputs(part))
+            features = policy.features(*r.model_inputs(part), recompute=False)
             pieces.append((features, head_curvature(policy, features.detach())))
         count = float(reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
         return FisherOperator(policy.parameters, pieces, count=count, reduce=reduce)
@@ -335,9 +420,8 @@ def head_curvature(policy: Policy, features: Tensor) -> Product:
     def product(u: Tensor) -> Tensor:
         if cached is not None:
             return policy.pull(cached(policy.push(u)))
-        curvature = [softmax_curvature(policy.logprobs(features[s])) for s in slices]
-        parts = zip(slices, curvature, strict=True)
-        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in parts])
+        curvature = ((s, softmax_curvature(policy.logprobs(features[s]))) for s in slices)
+        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in curvature])
 
     return product
 
