@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+EQUAL = 1e-12  # values that differ by less than this share of their size differ by rounding
+
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation over completions that all terminate.
@@ -110,6 +112,7 @@ def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor])
     total, count = reduce(torch.stack([x.sum(), x.new_tensor(float(len(x)))]))
     mean = total / count.clamp(min=1)
     std = (reduce((x - mean).square().sum()) / count.clamp(min=1)).sqrt()
+    size = (reduce(x.square().sum()) / count.clamp(min=1)).sqrt()
     out = torch.zeros_like(advantages, dtype=torch.float64)
-    out[mask] = (x - mean) / std if std > 0 else torch.zeros_like(x)
+    out[mask] = (x - mean) / std if std > EQUAL * size else torch.zeros_like(x)
     return out

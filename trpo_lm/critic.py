@@ -97,7 +97,7 @@ class PrefixCritic:
 
     def __init__(self, length: int):
         self.sums = torch.zeros(length, 5, dtype=torch.float64)  # n, x, y, xx, xy per position
-        self.origin = torch.zeros(1, dtype=torch.float64)  # subtracted from x and y: no cancellation
+        self.origin = torch.zeros(1, dtype=torch.float64)  # taken off x and y: no cancellation
         self.seen = torch.zeros(1, dtype=torch.float64)
 
     def lines(self) -> tuple[Tensor, Tensor]:
@@ -126,11 +126,16 @@ class PrefixCritic:
         mask = (mask & valid[:, None]).double()
         if not self.seen:
             total, count = reduce(torch.stack([(prefix_scores * mask).sum(), mask.sum()]))
-            self.origin = (total / count.clamp(min=1)).reshape(1)
+            if count == 0:
+                return
+            self.origin = (total / count).reshape(1)
         x, y = (prefix_scores - self.origin) * mask, (targets - self.origin) * mask
         columns = torch.stack([mask.sum(0), x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)], -1)
+        columns = reduce(columns)
+        if columns[:, 0].sum() == 0:  # nothing was scored: nothing is learned, nothing forgotten
+            return
         self.sums = self.sums * FORGETTING
-        self.sums[: mask.shape[1]] += reduce(columns)
+        self.sums[: mask.shape[1]] += columns
         self.seen = self.seen + 1
 
     def state(self) -> dict[str, Tensor]:
@@ -171,15 +176,14 @@ class ValueHead:
 
     def weights(self) -> Tensor:
         """Return one column of weights for each ridge, (D', len(RIDGES))."""
-        A, y = self.gram[:-1, :-1], self.gram[:-1, -1]
-        count = A[-1, -1]
-        mean = A[-1] / count
-        variance = (A.diagonal() / count - mean**2).clamp(min=1e-12)[:-1]
-        # Features are standardised by the penalty's scale, the constant is not penalised.
-        penalty = torch.cat([variance, torch.zeros(1, dtype=torch.float64)]) * count
-        jitter = 1e-10 * A.diagonal().mean() * torch.eye(len(A), dtype=torch.float64)
-        solve = [torch.linalg.solve(A + jitter + r * penalty.diag(), y) for r in self.RIDGES]
-        return torch.stack(solve, dim=1)
+        unit = self.gram.diagonal()[:-1].sqrt()  # each feature in a unit of its own
+        unit = torch.where(unit > 0, unit, 1.0)
+        A = self.gram[:-1, :-1] / unit[:, None] / unit[None, :]
+        y = self.gram[:-1, -1] / unit
+        # The penalty is a share of a feature's variance, 0 for the constant.
+        variance = (A.diagonal() - A[-1] ** 2).clamp(min=1e-10)
+        solve = [torch.linalg.solve(A + (r * variance + 1e-10).diag(), y) for r in self.RIDGES]
+        return torch.stack(solve, dim=1) / unit[:, None]
 
     def values(self, hidden, prefix_scores, mask, *, untrained: float) -> Tensor:
         """Return V(s_t), (N, T)."""
@@ -197,15 +201,20 @@ class ValueHead:
             rows = (mask & valid[:, None]).double()
             parts = torch.stack([(x * rows).sum(), (targets * rows).sum(), rows.sum()])
             sums = reduce(parts)
-            self.origin = sums[:2] / sums[2].clamp(min=1)
+            if sums[2] == 0:
+                return
+            self.origin = sums[:2] / sums[2]
         used = valid[:, None].expand_as(mask)[mask]
         phi = self._features(hidden, prefix_scores, mask)[used]
         y = (targets[mask] - self.origin[1])[used]
+        joint = torch.cat([phi, y[:, None]], dim=1)
+        new = reduce(joint.T @ joint)
+        if new[-2, -2] == 0:  # nothing was scored: nothing is learned, nothing forgotten
+            return
         if self.seen:
             error = ((phi @ self.weights() - y[:, None]) ** 2).sum(0)
             self.errors = self.errors * FORGETTING + reduce(error)
-        joint = torch.cat([phi, y[:, None]], dim=1)
-        self.gram = self.gram * FORGETTING + reduce(joint.T @ joint)
+        self.gram = self.gram * FORGETTING + new
         self.seen = self.seen + 1
 
     def state(self) -> dict[str, Tensor]:

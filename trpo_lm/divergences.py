@@ -39,7 +39,8 @@ def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
 
     Written as  sum_a [ p (log p - log q) + q - p ]. The last two sum to nothing, because both are
     distributions, but with them every term is >= 0 and the rounding of the two normalisers enters
-    squared: two float32 policies a hair apart get a KL that is right, not noise around zero.
+    squared. Where p and q are near, q - p is p expm1(log q - log p): two float32 policies a hair
+    apart get a KL that is right, not noise around zero.
 
     Args:
         old: Log-probabilities of p, shape (..., V); -inf where p is zero.
@@ -50,6 +51,7 @@ def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
     """
     p, gap = old.exp(), old - new
     if old.amin() == -torch.inf:  # 0 log 0 = 0, also where q is zero as well
-        gap = torch.where(old == -torch.inf, 0.0, old.masked_fill(old == -torch.inf, 0.0) - new)
-        gap = torch.where(old == -torch.inf, 0.0, gap)
-    return (p * gap + (new.exp() - p)).sum(-1)
+        gap = torch.where(old == -torch.inf, 2.0, old.masked_fill(old == -torch.inf, 0.0) - new)
+    near = gap.clamp(-1.0, 1.0)  # farther apart nothing cancels, and expm1 may overflow
+    close, far = p * (near + torch.expm1(-near)), p * gap + (new.exp() - p)
+    return torch.where(gap.abs() < 1.0, close, far).sum(-1)

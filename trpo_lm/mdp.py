@@ -114,7 +114,7 @@ class Rollout:
         return out
 
     def token_index(self, rows: Tensor) -> Tensor:
-        """Return where the action tokens of some rows stand in the flat order of all, row by row."""
+        """Return where the action tokens of some rows stand in the flat order, row by row."""
         start = self.lengths.cumsum(0) - self.lengths
         return torch.cat([torch.arange(s, s + n) for s, n in self._spans(start, rows)])
 
@@ -124,6 +124,8 @@ class Rollout:
     def micro_batches(self, size: int, rows: Tensor | None = None) -> Iterator[Tensor]:
         """Cut rows into groups of about equal length, so that little padding is computed."""
         rows = torch.arange(len(self)) if rows is None else rows
+        if len(rows) == 0:
+            return iter(())
         return iter(rows[self.attention_mask.sum(-1)[rows].argsort(stable=True)].split(size))
 
     def model_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +177,11 @@ class TokenMDP:
         return State(prompt, tuple(encode_prompt(self.tokenizer, prompt)), (), columns or {})
 
     def step(self, state: State, action: int) -> tuple[State, float, bool, bool]:
-        """Append a token: returns the next state, the reward, terminated (EOS) and truncated."""
+        """Append a token: returns the next state, the reward, terminated (EOS) and truncated.
+
+        Reward functions see whole completions, so that rewards per token are paid with the last
+        action here, and where they belong in a rollout; their sum is the same.
+        """
         ids = (*state.completion_ids, int(action))
         after = State(state.prompt, state.prompt_ids, ids, state.columns)
         terminated = action in self.eos_token_ids
@@ -184,7 +190,8 @@ class TokenMDP:
             return after, 0.0, False, False
         columns = {name: [value] for name, value in (state.columns or {}).items()}
         scores = self.rewards([state.prompt], [self.text(ids)], [list(ids)], columns)
-        return after, float(scores.terminal[0]), terminated, truncated
+        paid = _token_rewards(scores, torch.tensor([len(ids)]), len(ids)).sum()
+        return after, float(paid), terminated, truncated
 
     def text(self, ids: Sequence[int]) -> str:
         """Return a completion as the reward functions see it: no special tokens."""
@@ -248,9 +255,7 @@ class TokenMDP:
 
     def prefix_texts(self, rollout: Rollout) -> list[list[str]]:
         """Decode every prefix y_<t of every completion: one text for each action's state."""
-        return [
-            [self.text(ids[:t]) for t in range(len(ids))] for ids in rollout.completion_ids
-        ]
+        return [[self.text(ids[:t]) for t in range(len(ids))] for ids in rollout.completion_ids]
 
     def _left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         P = max(map(len, prompts))

@@ -68,5 +68,5 @@ class ParameterVector:
         """Return 16 hex digits that change when any bit of any parameter does."""
         digest = hashlib.sha256()
         for p in self.tensors:
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -27,7 +27,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trpo_lm.divergences import log_softmax
 from trpo_lm.errors import RunFault, TrpoLMError
@@ -77,10 +79,11 @@ class Policy:
         self.model = self._with_adapter(loaded, peft_config, seed)
         self.base: Any = self.model.get_base_model()
         self.temperature = temperature
-        if gradient_checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
-            self.base.enable_input_require_grads()
         self._refuse_reentrant_checkpointing()
+        self._recompute = False  # layers recompute their activations in the backward pass
+        asked = any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules())
+        if gradient_checkpointing or asked:
+            self._checkpoint_layers()
         self.model.eval()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if not trainable:
@@ -149,9 +152,24 @@ class Policy:
         output = self.base(**inputs, output_hidden_states=True)
         return output.hidden_states[-1][state_mask].detach(), output.logits[state_mask]
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> Tensor:
-        """Return the features of `hidden_and_features`, with a graph to theta."""
-        return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
+    def features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        state_mask: Tensor,
+        *,
+        recompute: bool = True,
+    ) -> Tensor:
+        """Return the features of `hidden_and_features`, with a graph to theta.
+
+        `recompute=False` keeps activations even under gradient checkpointing: for a graph that is
+        gone through many times, and whose attention kernels must not be chosen anew.
+        """
+        self._recompute = recompute and torch.is_grad_enabled()
+        try:
+            return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
+        finally:
+            self._recompute = False
 
     def logprobs(self, features: Tensor) -> Tensor:
         """Return log pi(.|s) for features (n, D): (n, V) in float32. The one place temperature is.
@@ -169,8 +187,10 @@ class Policy:
 
     def pull(self, cotangent: Tensor) -> Tensor:
         """Map a cotangent of tempered logits (n, V) to one of features, (n, D)."""
-        pulled = cotangent if self.head is None else cotangent.to(self.head.weight.dtype) @ (
-            self.head.weight
+        pulled = (
+            cotangent
+            if self.head is None
+            else cotangent.to(self.head.weight.dtype) @ (self.head.weight)
         )
         return pulled / self.temperature
 
@@ -239,6 +259,28 @@ class Policy:
                 hint=f"target_modules can be 'all-linear' or any of {names}",
             ) from error
 
+    def _checkpoint_layers(self) -> None:
+        """Let layers recompute; transformers' own switch works in train mode only, with dropout."""
+        layers = [m for m in self.base.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise TrpoLMError(
+                f"{type(self.base).__name__} has no layers that can recompute their activations",
+                where="gradient_checkpointing",
+                hint="lower micro_batch_size instead",
+            )
+        for layer in layers:
+            layer.forward = self._recomputed(layer.forward)
+
+    def _recomputed(self, forward: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not self._recompute:
+                return forward(*args, **kwargs)
+            return checkpoint(
+                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
+
+        return run
+
     def _refuse_reentrant_checkpointing(self) -> None:
         for module in self.base.modules():
             function = getattr(module, "_gradient_checkpointing_func", None)
@@ -269,7 +311,7 @@ class Policy:
                 "non-finite logits at layer output", where=f"model {self.name}",
                 hint="a weight of the model is nan or infinite, or its dtype overflows",
             )  # fmt: skip
-        return head if torch.allclose(own, pushed, rtol=1e-3, atol=1e-3) else None
+        return head if torch.allclose(own, pushed, rtol=1e-5, atol=1e-5) else None
 
 
 def load_model(name: str, *, bf16: bool = False) -> PreTrainedModel | PeftModel:

@@ -1,14 +1,20 @@
 """First-order policy gradients with Adam: PPO, and by other values of its fields its relatives.
 
-    PPO         maximise  E_token[ min(ratio A, clip(ratio, 1 - c, 1 + c) A) ],  K epochs of minibatches
-    REINFORCE   epochs=1, minibatches=1, clip=None
-    RLOO        advantage="leave_one_out", epochs=1, minibatches=1, clip=None
-    GRPO        advantage="group_normalised"
+    maximise  E_token[ min(ratio A, clip(ratio, 1 - c, 1 + c) A) ],  K epochs of minibatches
+
+    row         advantage estimator                      update rule                        critic
+    PPO         "gae"                                    clip, epochs x minibatches         yes
+    REINFORCE   "gae", lam=1: return less baseline       epochs=1, minibatches=1, clip=None yes
+    RLOO        "leave_one_out"                          epochs=1, minibatches=1, clip=None no
+    GRPO        "group_normalised"                       clip; one epoch as in TRL, or more no
 
 E_token is the mean over a minibatch's tokens. With beta > 0 each action pays
 beta (log pi_old(a|s) - log pi_ref(a|s)), whose expectation is the exact KL; with a target, beta is
 raised or lowered after each update. Metrics carry TRPO's names: the KL that the update made is
 measured exactly, though nothing here bounds it.
+
+Differs from TRL's GRPO: the price of the KL is part of the reward, so it is standardised within the
+group with the score; TRL adds beta times an estimate of the KL (k3) to the loss after that.
 
 Source: Schulman et al. (2017), arXiv:1707.06347, eq. 7; adaptive beta: Ziegler et al. (2019),
 arXiv:1909.08593, section 2.2.
@@ -46,7 +52,8 @@ class PPO(PPOSettings):
 
     def init_state(self, policy: Policy) -> dict[str, Any]:
         """Return Adam's moments, (M,) each, its step count, and the present price of the KL."""
-        zeros = torch.zeros(len(policy.parameters), device=policy.device)
+        theta = policy.parameters
+        zeros = theta.flatten([None] * len(theta.tensors))
         return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": 0.0, "beta": self.beta}
 
     def rewards(self, batch: Batch, state: dict[str, Any]) -> Tensor:

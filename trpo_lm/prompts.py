@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+import datasets
 
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.mdp import Prompt, encode_prompt
 
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_READERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,33 @@ class Prompts:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
         return [self.prompts[i] for i in rows], columns
 
+    def split_off(self, count: int) -> tuple[Prompts, Prompts]:
+        """Return all but the last `count` rows, and those (at most a tenth of all)."""
+        cut = len(self) - min(count, max(1, len(self) // 10))
+        first, last = self.take(range(cut)), self.take(range(cut, len(self)))
+        return Prompts(*first), Prompts(*last)
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change when any prompt or column does."""
+        content = json.dumps([self.prompts, self.columns], sort_keys=True, default=repr)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
 
 def load_prompts(source: Any, *, column: str = "prompt", split: str = "train") -> Prompts:
     """Read prompts from a dataset, a list, a file or a hub id.
 
     Args:
-        source: A `datasets.Dataset`, a list of texts or of dicts, the path of a .jsonl, .csv,
-            .parquet or .txt file (one prompt a line), or the id of a dataset on the hub.
+        source: A `datasets.Dataset`, a list of texts, conversations or rows (dicts), the path of a
+            .jsonl, .json, .csv, .parquet or .txt file (one prompt a line), or the id of a dataset
+            on the hub.
         column: Column that holds the prompt: text, or a list of {"role", "content"} messages.
         split: Split to take from a hub dataset.
 
     Raises:
         TrpoLMError: If it cannot be read, is empty, or a row holds no prompt.
     """
-    where = f"dataset {source!r}" if isinstance(source, str) else "train_dataset"
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
+    where = f"dataset {source!r}" if isinstance(source, str) else "dataset"
     rows = _read(source, column, split, where)
     names = list(rows.column_names)
     if column not in names:
@@ -72,23 +89,20 @@ def _is_conversation(prompt: Any) -> bool:
 
 
 def _read(source: Any, column: str, split: str, where: str) -> Any:
+    """Return columns by name: a Dataset, or a `_Table`."""
     if isinstance(source, Prompts):
-        return Dataset.from_dict({column: source.prompts, **source.columns})
+        return _Table({column: source.prompts, **source.columns})
     if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
         if isinstance(source.column_names, dict):
             raise TrpoLMError(
-                f"a DatasetDict with splits {list(source)} was given", where=where,
+                f"a DatasetDict with the splits {list(source)} was given", where=where,
                 hint="pass one split, e.g. dataset['train']",
             )  # fmt: skip
         return source
     if isinstance(source, str):
         return _read_file(Path(source), column, split, where)
-    if isinstance(source, Iterable):
-        rows = list(source)
-        if all(isinstance(row, dict) for row in rows) and rows:
-            names = {name: None for row in rows for name in row}
-            return _Table({name: [row.get(name) for row in rows] for name in names})
-        return _Table({column: rows})
+    if isinstance(source, Iterable) and not isinstance(source, dict):
+        return _table(list(source), column)
     raise TrpoLMError(
         f"cannot read prompts from {type(source).__name__}", where=where,
         hint="give a datasets.Dataset, a list of texts or dicts, a file or a hub id",
@@ -106,23 +120,58 @@ class _Table(dict):
         return len(next(iter(self.values()), []))
 
 
+def _table(rows: list[Any], column: str) -> _Table:
+    """Make columns of rows: dicts, or prompts and nothing else."""
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        return _Table({column: rows})
+    names = dict.fromkeys(name for row in rows for name in row)
+    return _Table({name: [row.get(name) for row in rows] for name in names})
+
+
 def _read_file(path: Path, column: str, split: str, where: str) -> Any:
-    if path.suffix in (*_READERS, ".txt") and not path.is_file():
+    if path.suffix in (*_READERS, ".jsonl", ".txt") and not path.is_file():
         raise TrpoLMError("the file does not exist", where=where)
     try:
         if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             return _Table({column: [line for line in lines if line.strip()]})
-        if path.suffix in _READERS:
-            return load_dataset(
-                _READERS[path.suffix], data_files=str(path), split="train", keep_in_memory=True
-            )
-        return load_dataset(str(path), split=split)
+        if path.suffix == ".jsonl":
+            return _table(_json_lines(path), column)
+        with _no_progress():
+            if path.suffix in _READERS:
+                return datasets.load_dataset(
+                    _READERS[path.suffix], data_files=str(path), split="train", keep_in_memory=True
+                )
+            return datasets.load_dataset(str(path), split=split)
     except Exception as error:
         raise TrpoLMError(
             f"the dataset cannot be read: {type(error).__name__}: {error}", where=where,
             hint="give a .jsonl, .csv, .parquet or .txt file, or the id of a dataset on the hub",
         ) from error  # fmt: skip
+
+
+def _json_lines(path: Path) -> list[Any]:
+    """Return what stands in each line; ValueError names a line that is not JSON."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return rows
+
+
+@contextmanager
+def _no_progress() -> Iterator[None]:
+    """Keep the progress bars of `datasets` off the screen."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def check_prompts(
@@ -154,7 +203,8 @@ def check_prompts(
             raise TrpoLMError(
                 f"the prompt has {len(ids)} tokens and only {room} fit before the completion",
                 where=f"prompt in row {i}",
-                hint="shorten it, lower max_completion_length, or set truncate_prompts='left'",
+                hint="shorten it, or lower max_completion_length"
+                + ", or set truncate_prompts='left'" * isinstance(prompt, str),
             )
         kept[i], shortened = _drop_beginning(tokenizer, prompt, ids, room), shortened + 1
     return Prompts(kept, prompts.columns), shortened

@@ -1,0 +1,95 @@
+"""TRPO under a reference-KL budget in one loop, without `Trainer`: read it beside the paper.
+
+    python recipes/bare_loop.py
+
+What `Trainer` adds: checkpoints, several processes, evaluation, files, a screen. What it does not
+add: anything to the mathematics.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from trpo_lm.advantages import gae, returns, whiten
+from trpo_lm.conjugate_gradient import conjugate_gradient
+from trpo_lm.critic import PrefixCritic
+from trpo_lm.line_search import backtrack
+from trpo_lm.mdp import TokenMDP, end_token_ids, measure
+from trpo_lm.policy import Policy
+from trpo_lm.rewards import RewardModel, Rewards
+from trpo_lm.seeds import generator
+from trpo_lm.trpo import fisher, gradients, measure_at
+from trpo_lm.trust_region import plane_step
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+MAX_KL, MAX_REF_KL = 0.05, 1.0  # delta and K, nats per completion
+UPDATES, PROMPTS, EACH, LENGTH, LAMBDA, SEED = 10, 32, 4, 24, 0.5, 0
+
+
+def main():
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "lm")
+    policy = Policy(str(DATA / "lm"), seed=SEED)  # LoRA on; the reference is LoRA off
+    rewards = Rewards(RewardModel(str(DATA / "reward_model")))
+    ends = end_token_ids(policy.base, tokenizer)
+    mdp = TokenMDP(tokenizer, rewards, eos_token_ids=ends, max_completion_length=LENGTH)
+    critic = PrefixCritic(LENGTH)
+    lines = (DATA / "prompts_train.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    theta, alone, N = policy.parameters, (lambda tensor: tensor), PROMPTS * EACH
+
+    for update in range(1, UPDATES + 1):
+        # sample completions from pi_old and score them
+        chosen = torch.randperm(len(prompts), generator=generator(SEED, update))[:PROMPTS]
+        rollout = mdp.rollout(
+            policy, [prompts[i] for i in chosen], completions_per_prompt=EACH, seed=(SEED, update)
+        )
+        mask, valid = rollout.action_mask, rollout.scores.valid
+        batch = measure(policy, rollout, micro_batch_size=64)
+        k = float(batch.ref_kl.sum()) / N  # R(theta_old), exact per state
+
+        # credit: V(s_t) is the calibrated score of the prefix, A_t is GAE
+        scores = torch.zeros_like(rollout.rewards)
+        told = rewards.score_prefixes(
+            rollout.prompts, rollout.completions, mdp.prefix_texts(rollout)
+        )
+        scores[mask] = torch.tensor(sum(told, []), dtype=torch.float64)
+        values = critic.values(None, scores, mask, untrained=0.0)
+        advantages = gae(rollout.rewards, values, mask, gamma=1.0, lam=LAMBDA)
+        batch.advantages = whiten(advantages, mask, alone)[mask].float()
+        critic.fit(None, scores, mask, returns(rollout.rewards, mask, gamma=1.0), valid, alone)
+
+        # g = grad L, b = grad R, F = Hessian of D; v = F^-1 g and w = F^-1 b by conjugate gradient
+        g, b, _ = gradients(policy, batch, alone, N, reference=True)
+        F = fisher(policy, batch, alone, 64)
+        v = conjugate_gradient(F, g, max_iterations=8, rtol=0.01, damping=0.1)
+        w = conjugate_gradient(F, b, max_iterations=8, rtol=0.01, damping=0.1)
+
+        # the point of both balls farthest along g, in the plane of v and w
+        plane, curved = torch.stack([v.x, w.x]), torch.stack([v.Ax, w.Ax])
+        step = plane_step(plane @ curved.T, plane @ g, plane @ b, delta=MAX_KL, excess=k - MAX_REF_KL)
+        x = torch.tensor(step.multipliers, dtype=g.dtype) @ plane
+        theta_old = theta.snapshot()
+
+        # backtrack until the exact quantities keep the promises of the quadratic models
+        def at(scale, theta_old=theta_old, x=x, batch=batch):
+            theta.assign(theta_old, x, scale)
+            return measure_at(policy, batch, alone, N)
+
+        def objection(trial, scale, k=k):
+            if trial.kl > MAX_KL:
+                return "kl above max_kl"
+            return "reference kl above its limit" if trial.ref_kl > max(MAX_REF_KL, k) else None
+
+        search = backtrack(at, objection, ratio=0.8, trials=8)
+        if not search.accepted:
+            theta.restore(theta_old)
+        print(
+            f"update {update:2d}  score {rollout.scores.score.mean():.3f}  ref_kl {k:.3f}  "
+            f"kl {search.trial.kl:.4f}  case {step.case}  trials {search.trials}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Teach a language model to write reviews that a sentiment model likes.
+
+    accelerate launch recipes/sentiment.py            # or: python recipes/sentiment.py
+
+Without arguments it trains the embedded 1.2M-parameter LM against the embedded reward model: no
+network, about two minutes on two cores. The mean score of held-out prompts rises from about 0.5 to
+0.8 and more, while no update leaves its trust region (`max_kl`) and the whole run stays inside its
+budget (`max_ref_kl`), both in nats per completion. The same script at real size, with a model hub:
+
+    accelerate launch recipes/sentiment.py --model gpt2 --reward_model lvwerra/distilbert-imdb \\
+        --dataset stanfordnlp/imdb --prompt_column text --truncate_prompts left
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trpo_lm.cli import main, parse
+from trpo_lm.config import TrainerConfig, TRPOSettings, describe, option
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is trained, on what, to please whom."""
+
+    model: str = option(str(DATA / "lm"), "causal LM: folder or hub id")
+    reward_model: str = option(
+        str(DATA / "reward_model"), "sequence classifier: folder or hub id; it scores in [0, 1]"
+    )
+    dataset: str = option(
+        str(DATA / "prompts_train.jsonl"), "prompts: .jsonl, .csv, .txt, or a hub id"
+    )
+    eval_dataset: str | None = option(
+        None, "held-out prompts; default: the embedded ones, or the last 256 rows of the dataset"
+    )
+    prompt_column: str = option("prompt", "column of the dataset that holds the prompt")
+
+
+@dataclass(frozen=True)
+class Defaults(TrainerConfig):
+    """The trainer's settings with this recipe's own output folder."""
+
+    output_dir: str = option("runs/sentiment", "folder that receives everything the run writes")
+
+
+def run() -> None:
+    """Parse, train, save, and show what changed."""
+    arguments, args, settings = parse((Arguments, Defaults, TRPOSettings), description=__doc__)
+    if os.environ.get("RANK", "0") == "0":
+        print("trpo_lm: loading torch and transformers ...", flush=True)
+
+    from trpo_lm import TRPO, Trainer
+    from trpo_lm.prompts import load_prompts
+
+    prompts = load_prompts(arguments.dataset, column=arguments.prompt_column)
+    if arguments.eval_dataset is not None:
+        held_out = load_prompts(arguments.eval_dataset, column=arguments.prompt_column)
+    elif arguments.dataset == Arguments.dataset:
+        held_out = load_prompts(str(DATA / "prompts_test.jsonl"))
+    else:
+        prompts, held_out = prompts.split_off(256)
+    Trainer(
+        arguments.model,
+        arguments.reward_model,
+        prompts,
+        args,
+        held_out,
+        algorithm=TRPO(**describe(settings)),
+    ).train()
+
+
+if __name__ == "__main__":
+    main(run)
