@@ -47,7 +47,7 @@ class TRPOSettings:
     """The two distances of a run, and how the step is computed. There is no learning rate."""
 
     max_kl: float = option(
-        0.05, "trust region: KL(old || new) allowed to one update, nats per completion"
+        0.1, "trust region: KL(old || new) allowed to one update, nats per completion"
     )
     max_ref_kl: float | None = option(
         3.0,
@@ -155,8 +155,10 @@ class TrainerConfig:
     run_name: str | None = option(None, "name shown by trackers; letters, digits, '.', '_', '-'")
     seed: int = option(0, "every random number of the run derives from it")
     updates: int = option(40, "policy updates")
-    prompts_per_update: int = option(64, "distinct prompts sampled for one update, all processes")
-    completions_per_prompt: int = option(4, "completions sampled for each prompt")
+    prompts_per_update: int = option(256, "distinct prompts sampled for one update, all processes")
+    completions_per_prompt: int = option(
+        1, "completions sampled for each prompt; RLOO and GRPO compare several"
+    )
     max_completion_length: int = option(24, "tokens a completion may have; then it is truncated")
     temperature: float = option(1.0, "sampling temperature; the policy is the tempered softmax")
     truncate_prompts: str = option(

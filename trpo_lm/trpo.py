@@ -25,30 +25,29 @@ from torch import Tensor
 from trpo_lm.advantages import gae, whiten
 from trpo_lm.config import TRPOSettings
 from trpo_lm.conjugate_gradient import CGSolution, conjugate_gradient
-from trpo_lm.divergences import categorical_kl, token_logprobs
-from trpo_lm.fisher import FisherOperator, hessian_operator, softmax_curvature, twice_differentiable
+from trpo_lm.fisher import hessian_operator
 from trpo_lm.line_search import Search, backtrack
 from trpo_lm.mdp import Batch
+from trpo_lm.objective import (
+    Measurement,
+    Product,
+    Reduce,
+    fisher,
+    gradients,
+    measure_at,
+    noise,
+    reference_kl,
+)
 from trpo_lm.parameters import ParameterVector
 from trpo_lm.policy import Policy
+from trpo_lm.steering import (
+    budget_on_batch,
+    learn_radius,
+    radius_inside,
+    running_rms,
+    wiener_damping,
+)
 from trpo_lm.trust_region import Step, plane_step
-
-LEAST_DAMPING, MOST_DAMPING = 0.03, 10.0  # Fisher products are sampled too; pure gradient
-KL_MARGIN = 1.05  # the trust region aims this much inside max_kl: a second trial costs a forward
-MEMORY = 0.9  # weight of earlier updates in the running means of signal and noise
-
-Product = Callable[[Tensor], Tensor]
-Reduce = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Exact on the batch at some theta: gain of L, D, R, and the largest KL of a state."""
-
-    gain: float
-    kl: float
-    ref_kl: float = math.nan
-    kl_max: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ def constrained_update(
     *,
     radius: float,
     damping: tuple[float, float] = (0.0, 0.0),
+    metric: Tensor | None = None,
     ref_kl: float = math.nan,
     budget: float = math.inf,
 ) -> Update:
@@ -85,15 +85,15 @@ def constrained_update(
         settings: How to solve and how to search.
         radius: Trust region of this step, nats, <= settings.max_kl.
         damping: Of the solves for v and for w, relative as `conjugate_gradient` takes it.
+        metric: Diagonal in which damping measures parameters, (M,), positive; None: all ones.
         ref_kl: k, R at theta_old as this batch measures it, nats.
         budget: K on the scale of this batch's R, nats.
 
     Returns:
         The solves, the step and the search; theta is at the accepted point.
     """
-    solve = {"max_iterations": settings.cg_iterations, "rtol": settings.cg_tolerance}
-    v = conjugate_gradient(F, g, damping=damping[0], **solve)
-    w = conjugate_gradient(F, b, damping=damping[1], **solve) if b is not None else None
+    v = solve(F, g, damping[0], metric, settings)
+    w = solve(F, b, damping[1], metric, settings) if b is not None else None
     plane, curved = spanning(F, v, w)
     step = plane_step(
         plane @ curved.T,
@@ -132,6 +132,21 @@ def constrained_update(
     if not search.accepted:
         theta.restore(theta_old)
     return Update(v, w, step, search)
+
+
+def solve(
+    F: Product, b: Tensor, damping: float, metric: Tensor | None, settings: TRPOSettings
+) -> CGSolution:
+    """Solve (F + lambda D) x = b with D = diag(metric), by CG in the coordinates D^1/2 x."""
+    scale = torch.ones_like(b) if metric is None else metric.rsqrt()
+    found = conjugate_gradient(
+        lambda y: scale * F(scale * y),
+        scale * b,
+        max_iterations=settings.cg_iterations,
+        rtol=settings.cg_tolerance,
+        damping=damping,
+    )
+    return replace(found, x=scale * found.x, Ax=found.Ax / scale)
 
 
 def spanning(F: Product, v: CGSolution, w: CGSolution | None) -> tuple[Tensor, Tensor]:
@@ -183,7 +198,7 @@ def trust_region_step(
     @torch.no_grad()
     def measure() -> Measurement:
         R = float(ref_kl()) if budgeted and ref_kl else math.nan
-        return Measurement(float(surrogate()) - float(before), float(kl()), R)
+        return Measurement(float(surrogate()) - float(before.detach()), float(kl()), R)
 
     return constrained_update(
         theta,
@@ -193,8 +208,8 @@ def trust_region_step(
         measure,
         settings,
         radius=settings.max_kl,
-        damping=(settings.damping or 0.0,) * 2,
-        ref_kl=math.nan if k is None else float(k),
+        damping=(settings.damping or 0.0, settings.damping or 0.0),
+        ref_kl=math.nan if k is None else float(k.detach()),
         budget=math.inf if settings.max_ref_kl is None else settings.max_ref_kl,
     )
 
@@ -210,8 +225,9 @@ class TRPO(TRPOSettings):
         return self if self.lam is not None else replace(self, lam=lam)
 
     def init_state(self, policy: Policy) -> dict[str, Any]:
-        """Return the state kept between updates: plain numbers."""
-        return {"reference": {}, "noise": {}, "kl_ratio": KL_MARGIN}
+        """Return the state kept between updates: plain numbers, and the running square of g."""
+        square = torch.zeros(len(policy.parameters), device=policy.device)
+        return {"g": {}, "b": {}, "reference": {}, "radius": {}, "square": square}
 
     def rewards(self, batch: Batch, state: dict[str, Any]) -> Tensor:
         """Return the rewards to maximise, (N, T): those of the MDP; the KL is a constraint."""
@@ -241,31 +257,40 @@ class TRPO(TRPOSettings):
             state: From `init_state`; changed in place.
             seed: Not used: nothing in this update is random.
         """
+        theta, budgeted = policy.parameters, self.max_ref_kl is not None
         N = float(reduce(torch.tensor(float(len(batch.rollout)), dtype=torch.float64)))
-        sums_g, sums_b = gradients(policy, batch, reduce, reference=self.max_ref_kl is not None)
-        g, b = sums_g.sum(0) / N, None if sums_b is None else sums_b.sum(0) / N
-        signal = {name: noise(sums, N) for name, sums in (("g", sums_g), ("b", sums_b))}
-        damping = tuple(self._damping(state["noise"], name, signal[name], N) for name in signal)
+        halves_g, halves_b = gradients(policy, batch, reduce, N, reference=budgeted)
+        g, b = halves_g.sum(0) / N, None if halves_b is None else halves_b.sum(0) / N
         F = fisher(policy, batch, reduce, self.fisher_completions)
-        k, budget = self._budget(state["reference"], batch, reduce, N)
-        radius = self.max_kl / max(1.0, state["kl_ratio"])
+        metric = running_rms(state, g)
+        damping = (
+            self._damping(state["g"], halves_g, metric, N),
+            self._damping(state["b"], halves_b, metric, N),
+        )
+        k, error = reference_kl(batch, reduce, N)
+        K = budget_on_batch(
+            state["reference"], k=k, variance=error**2, budget=self.max_ref_kl or math.inf
+        )
+        radius = radius_inside(state["radius"], self.max_kl)
         result = constrained_update(
-            policy.parameters, g, b, F, lambda: measure_at(policy, batch, reduce, N), self,
-            radius=radius, damping=damping, ref_kl=k, budget=budget,
+            theta, g, b, F, lambda: measure_at(policy, batch, reduce, N), self,
+            radius=radius, damping=damping, metric=metric, ref_kl=k, budget=K,
         )  # fmt: skip
-        trial, step, accepted = result.search.trial, result.step, result.search.accepted
-        change = trial.ref_kl - k if accepted else 0.0
-        state["reference"]["change"] = change
-        if accepted and step.kl > 0:  # how far exact KL exceeds its prediction from sampled Fisher products
-            ratio = trial.kl / (step.kl * result.search.scale**2)
-            state["kl_ratio"] += 0.5 * (KL_MARGIN * ratio - state["kl_ratio"])
+        signal = noise(halves_g, N)
+        trial, step, scale = result.search.trial, result.step, result.search.scale
+        accepted = result.search.accepted
+        if accepted:
+            learn_radius(state["radius"], kl=trial.kl, predicted=step.kl * scale**2)
+            state["reference"]["expected"] += (
+                step.ref_change_at(scale) if budgeted else trial.ref_kl - k
+            )
         return {
             "trust_region/kl": trial.kl if accepted else 0.0,
             "trust_region/kl_max": trial.kl_max if accepted else 0.0,
-            "trust_region/predicted_kl": step.kl * result.search.scale**2,
-            "trust_region/predicted_gain": step.gain * result.search.scale,
+            "trust_region/predicted_kl": step.kl * scale**2,
+            "trust_region/predicted_gain": step.gain * scale,
             "trust_region/actual_gain": trial.gain if accepted else 0.0,
-            "trust_region/ref_kl_after": k + change,
+            "trust_region/ref_kl_after": trial.ref_kl if accepted else k,
             "trust_region/case": step.case,
             "trust_region/alignment": step.alignment,
             "trust_region/radius": radius,
@@ -275,178 +300,14 @@ class TRPO(TRPOSettings):
             "line_search/trials": result.search.trials,
             "line_search/accepted": accepted,
             "line_search/reason": result.search.reasons[-1] if result.search.reasons else None,
-            "signal/noise_scale": signal["g"].scale,
-            "signal/half_batch_cosine": signal["g"].cosine,
+            "signal/noise_scale": signal.scale,
+            "signal/half_batch_cosine": signal.cosine,
         }
 
-    def _damping(self, kept: dict[str, list[float]], name: str, new: Noise, N: float) -> float:
-        """Return the relative damping of a solve whose right-hand side is as noisy as it is.
-
-        Wiener's filter: let the natural gradient be isotropic with variance tau^2 a component and
-        the sampled gradient be F theta* plus noise of covariance sigma^2 F / N. The best linear
-        estimate of theta* is (F + lambda I)^-1 g with lambda = sigma^2 / (N tau^2), which is
-        (noise scale / N) times tr F^2 / tr F, the Rayleigh quotient along a noisy gradient. So the
-        relative damping is the noise scale in batches; both its parts are running means.
-        """
-        if self.damping is not None:
-            return self.damping
-        signal, variance = kept.get(name, (0.0, 0.0))
-        kept[name] = [MEMORY * signal + new.signal, MEMORY * variance + new.variance]
-        signal, variance = kept[name]
-        batches = variance / (N * signal) if signal > 0 else math.inf
-        return min(max(batches, LEAST_DAMPING), MOST_DAMPING)
-
-    def _budget(
-        self, kept: dict[str, float], batch: Batch, reduce: Reduce, N: float
-    ) -> tuple[float, float]:
-        """Return k = R(theta_old) on this batch, and the budget on the scale of this batch's R.
-
-        A fresh rollout measures R with a sampling error of several per cent, and the run must stay
-        inside its budget, not around it. So R is tracked: the estimate of the update before, plus
-        the change its line search measured, corrected by the fresh measurement as their variances
-        say (a scalar Kalman filter); the step aims at the budget less one standard error.
-        """
-        per_completion = batch.rollout.padded(batch.ref_kl).double().sum(-1)
-        k = float(reduce(per_completion.sum())) / N
-        error = float(reduce((per_completion - k).square().sum())) / max(N - 1, 1) / N
-        estimate, variance = k, error
-        if "estimate" in kept:
-            change = kept["change"]
-            expected, doubt = kept["estimate"] + change, kept["variance"] + (0.1 * change) ** 2
-            trust = doubt / (doubt + error) if doubt + error > 0 else 1.0
-            estimate, variance = expected + trust * (k - expected), (1 - trust) * doubt
-        kept |= {"estimate": estimate, "variance": variance}
-        if self.max_ref_kl is None:
-            return k, math.inf
-        return k, k + (self.max_ref_kl - math.sqrt(variance)) - estimate
-
-
-def gradients(
-    policy: Policy, batch: Batch, reduce: Reduce, *, reference: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return N grad L and N grad R as the sums over two halves of the batch, (2, M) each.
-
-    grad R = E[ sum_t ( grad KL_t + grad log pi(a_t|s_t) sum_{t'>t} KL_t' ) ]: the second part is
-    the drift through the prefixes that the policy visits.
-
-    Source: Amini, Vieira and Cotterell (2025), arXiv:2504.10637 (Rao-Blackwellised KL gradient).
-    """
-    r, theta = batch.rollout, policy.parameters
-    kl = r.padded(batch.ref_kl)
-    after = (kl.flip(-1).cumsum(-1).flip(-1) - kl)[r.action_mask]  # sum over t' > t
-    g = torch.zeros(2, len(theta), device=policy.device, dtype=theta.tensors[0].dtype)
-    b = torch.zeros_like(g)
-    for half in range(2):  # by prompt: completions of one prompt are not independent
-        for rows, tokens in batch.micro_batches((r.groups % 2 == half).nonzero()[:, 0]):
-            features = policy.features(*r.model_inputs(rows))
-            actions, advantages = batch.actions[tokens], batch.advantages[tokens]
-            old_logprobs, drift = batch.old_logprobs[tokens], after[tokens]
-            ref_features = batch.ref_features[tokens]
-
-            def sums(logprobs: Tensor, s: slice, a=actions, A=advantages, old=old_logprobs,
-                     d=drift, ref=ref_features) -> list[Tensor]:  # fmt: skip
-                logprob = token_logprobs(logprobs, a[s])
-                surrogate = ((logprob - old[s]).exp() * A[s]).sum()
-                if not reference:
-                    return [surrogate]
-                kl_t = categorical_kl(old=logprobs, new=policy.logprobs(ref[s]))
-                return [surrogate, (kl_t + logprob * d[s]).sum()]
-
-            for_g, *for_b = policy.cotangents(features, sums)
-            g[half] += theta.gradient(features, cotangent=for_g, retain=bool(for_b))
-            if for_b:
-                b[half] += theta.gradient(features, cotangent=for_b[0])
-    return reduce(g), reduce(b) if reference else None
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Signal and noise of a sampled gradient: |mean|^2, and the variance of one completion's."""
-
-    signal: float
-    variance: float
-    cosine: float
-
-    @property
-    def scale(self) -> float:
-        """Completions at which signal equals noise; inf where the halves disagree altogether."""
-        return self.variance / self.signal if self.signal > 0 else math.inf
-
-
-def noise(sums: Tensor | None, N: float) -> Noise:
-    """Compare the gradients of two halves of a batch.
-
-    The product of two independent halves estimates the squared signal without bias.
-
-    Args:
-        sums: Sums of gradients over the completions of each half, (2, M), or None.
-        N: Completions of both.
-
-    Source: McCandlish et al. (2018), arXiv:1812.06162, App. A.
-    """
-    if sums is None:
-        return Noise(0.0, 0.0, math.nan)
-    first, second = sums.double() / (N / 2)
-    lengths = float(first.norm() * second.norm())
-    signal = float(first @ second)
-    return Noise(
-        signal=signal,
-        variance=float((first - second).square().sum()) * N / 4,
-        cosine=signal / lengths if lengths > 0 else math.nan,
-    )
-
-
-def fisher(policy: Policy, batch: Batch, reduce: Reduce, completions: int) -> FisherOperator:
-    """Return F over the tokens of whole completions, an even share of the batch."""
-    r = batch.rollout
-    everyone = float(reduce(torch.tensor(float(len(r)), dtype=torch.float64)))
-    share = max(1, min(len(r), math.ceil(completions * len(r) / everyone)))
-    rows = torch.linspace(0, len(r) - 1, share).round().long().unique()
-    pieces = []
-    with twice_differentiable():
-        for part, _ in batch.micro_batches(rows):
-            features = policy.features(*r.model_inputs(part), recompute=False)
-            pieces.append((features, head_curvature(policy, features.detach())))
-        count = float(reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
-        return FisherOperator(policy.parameters, pieces, count=count, reduce=reduce)
-
-
-def head_curvature(policy: Policy, features: Tensor) -> Product:
-    """Return u -> W^T (diag p - p p^T) W u on features (n, D), W the tempered output layer."""
-    slices = list(policy.chunks(len(features)))
-    with torch.no_grad():
-        cached = softmax_curvature(policy.logprobs(features)) if len(slices) <= 16 else None
-
-    def product(u: Tensor) -> Tensor:
-        if cached is not None:
-            return policy.pull(cached(policy.push(u)))
-        curvature = ((s, softmax_curvature(policy.logprobs(features[s]))) for s in slices)
-        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in curvature])
-
-    return product
-
-
-@torch.no_grad()
-def measure_at(policy: Policy, batch: Batch, reduce: Reduce, N: float) -> Measurement:
-    """Measure L - L_old, D, R and the largest KL of a state at the present theta, exactly.
-
-    R re-weights each state by the ratio of its prefix, prod_{t'<t} ratio_t': without it R would
-    count only the prefixes of the old policy, and the budget would leak through the drift.
-    """
-    r = batch.rollout
-    logprobs = torch.zeros_like(batch.old_logprobs)
-    kl, ref_kl = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
-    for rows, tokens in batch.micro_batches():
-        features = policy.features(*r.model_inputs(rows))
-        for s in policy.chunks(len(features)):
-            at = tokens[s]
-            new = policy.logprobs(features[s])
-            logprobs[at] = token_logprobs(new, batch.actions[at])
-            kl[at] = categorical_kl(old=policy.logprobs(batch.old_features[at]), new=new)
-            ref_kl[at] = categorical_kl(old=new, new=policy.logprobs(batch.ref_features[at]))
-    log_ratio = (logprobs - batch.old_logprobs).double()
-    steps = r.padded(log_ratio)
-    prefix = (steps.cumsum(-1) - steps)[r.action_mask].exp()
-    gain = (torch.expm1(log_ratio) * batch.advantages).sum()
-    sums = reduce(torch.stack([gain, kl.double().sum(), (prefix * ref_kl).sum()])) / N
-    return Measurement(float(sums[0]), float(sums[1]), float(sums[2]), float(kl.max()))
+    def _damping(
+        self, kept: dict[str, float], halves: Tensor | None, metric: Tensor, N: float
+    ) -> float:
+        if self.damping is not None or halves is None:
+            return self.damping or 0.0
+        seen = noise(halves * metric.rsqrt(), N)
+        return wiener_damping(kept, signal=seen.signal, variance=seen.variance, N=N)

@@ -52,6 +52,10 @@ class Step:
     ref_change: float
     alignment: float
 
+    def ref_change_at(self, scale: float) -> float:
+        """Return the predicted change of the reference KL at a share of the step, nats."""
+        return scale * (self.ref_change - self.kl) + scale**2 * self.kl
+
 
 def farthest_point(q: float, r: float, s: float, *, delta: float, excess: float):
     """Return (alpha, beta, case) with x = alpha v + beta w, the optimum of the two-ball problem.

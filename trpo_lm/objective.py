@@ -1,0 +1,177 @@
+"""The quantities of a batch that an update needs: L, D and R, their gradients, and the Fisher.
+
+    L(theta) = E[ ratio A ]                    D(theta) = E[ KL(pi_old ‖ pi_theta) ]
+    R(theta) = E_{y ~ pi_theta}[ sum_t KL(pi_theta ‖ pi_ref) ]
+
+E is the mean over completions of a sum over their tokens. KLs are exact over the vocabulary, chunk
+by chunk. Everything is summed over a rank's completions first and over ranks after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trpo_lm.divergences import categorical_kl, token_logprobs
+from trpo_lm.fisher import FisherOperator, softmax_curvature, twice_differentiable
+from trpo_lm.mdp import Batch
+from trpo_lm.policy import Policy
+
+Product = Callable[[Tensor], Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Exact on the batch at some theta: gain of L, D, R, and the largest KL of a state."""
+
+    gain: float
+    kl: float
+    ref_kl: float = math.nan
+    kl_max: float = math.nan
+
+
+def gradients(
+    policy: Policy, batch: Batch, reduce: Reduce, N: float, *, reference: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return N grad L and N grad R as the sums over two halves of the batch, (2, M) each.
+
+    grad R = E[ sum_t ( grad KL_t + grad log pi(a_t|s_t) sum_{t'>t} KL_t' ) ]: the second part is
+    the drift through the prefixes that the policy visits. Each KL_t' is taken less its mean over
+    the batch at that position: a baseline, without which the noise of this part grows with R.
+
+    Source: Amini, Vieira and Cotterell (2025), arXiv:2504.10637 (Rao-Blackwellised KL gradient).
+    """
+    r, theta = batch.rollout, policy.parameters
+    kl = r.padded(batch.ref_kl).double()
+    kl = kl - reduce(kl.sum(0)) / N  # the gradient of R's normalised weights
+    after = (kl.flip(-1).cumsum(-1).flip(-1) - kl)[r.action_mask].to(batch.ref_kl)  # t' > t
+    g = torch.zeros(2, len(theta), device=policy.device, dtype=theta.tensors[0].dtype)
+    b = torch.zeros_like(g)
+    for half in range(2):  # by prompt: completions of one prompt are not independent
+        for rows, tokens in batch.micro_batches((r.groups % 2 == half).nonzero()[:, 0]):
+            features = policy.features(*r.model_inputs(rows))
+            actions, advantages = batch.actions[tokens], batch.advantages[tokens]
+            old_logprobs, drift = batch.old_logprobs[tokens], after[tokens]
+            ref_features = batch.ref_features[tokens]
+
+            def sums(logprobs: Tensor, s: slice, a=actions, A=advantages, old=old_logprobs,
+                     d=drift, ref=ref_features) -> list[Tensor]:  # fmt: skip
+                logprob = token_logprobs(logprobs, a[s])
+                surrogate = ((logprob - old[s]).exp() * A[s]).sum()
+                if not reference:
+                    return [surrogate]
+                kl_t = categorical_kl(old=logprobs, new=policy.logprobs(ref[s]))
+                return [surrogate, (kl_t + logprob * d[s]).sum()]
+
+            for_g, *for_b = policy.cotangents(features, sums)
+            g[half] += theta.gradient(features, cotangent=for_g, retain=bool(for_b))
+            if for_b:
+                b[half] += theta.gradient(features, cotangent=for_b[0])
+    return reduce(g), reduce(b) if reference else None
+
+
+def reference_kl(batch: Batch, reduce: Reduce, N: float) -> tuple[float, float]:
+    """Return R(theta_old) on the batch, exact per state, and its standard error by sampling."""
+    each = batch.rollout.padded(batch.ref_kl).double().sum(-1)
+    k = float(reduce(each.sum())) / N
+    return k, math.sqrt(float(reduce((each - k).square().sum())) / max(N - 1, 1) / N)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Signal and noise of a sampled gradient: |mean|^2, and the variance of one completion's."""
+
+    signal: float
+    variance: float
+    cosine: float
+
+    @property
+    def scale(self) -> float:
+        """Completions at which signal equals noise; inf where the halves disagree altogether."""
+        return self.variance / self.signal if self.signal > 0 else math.inf
+
+
+def noise(sums: Tensor | None, N: float) -> Noise:
+    """Compare the gradients of two halves of a batch.
+
+    The product of two independent halves estimates the squared signal without bias.
+
+    Args:
+        sums: Sums of gradients over the completions of each half, (2, M), or None.
+        N: Completions of both.
+
+    Source: McCandlish et al. (2018), arXiv:1812.06162, App. A.
+    """
+    if sums is None:
+        return Noise(0.0, 0.0, math.nan)
+    first, second = sums.double() / (N / 2)
+    lengths = float(first.norm() * second.norm())
+    signal = float(first @ second)
+    return Noise(
+        signal=signal,
+        variance=float((first - second).square().sum()) * N / 4,
+        cosine=signal / lengths if lengths > 0 else math.nan,
+    )
+
+
+def fisher(policy: Policy, batch: Batch, reduce: Reduce, completions: int) -> FisherOperator:
+    """Return F over the tokens of whole completions, an even share of the batch."""
+    r = batch.rollout
+    everyone = float(reduce(torch.tensor(float(len(r)), dtype=torch.float64)))
+    share = max(1, min(len(r), math.ceil(completions * len(r) / everyone)))
+    rows = torch.linspace(0, len(r) - 1, share).round().long().unique()
+    pieces = []
+    with twice_differentiable():
+        for part, _ in batch.micro_batches(rows):
+            features = policy.features(*r.model_inputs(part), recompute=False)
+            pieces.append((features, head_curvature(policy, features.detach())))
+        count = float(reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
+        return FisherOperator(policy.parameters, pieces, count=count, reduce=reduce)
+
+
+def head_curvature(policy: Policy, features: Tensor) -> Product:
+    """Return u -> W^T (diag p - p p^T) W u on features (n, D), W the tempered output layer."""
+    slices = list(policy.chunks(len(features)))
+    with torch.no_grad():
+        cached = softmax_curvature(policy.logprobs(features)) if len(slices) <= 16 else None
+
+    def product(u: Tensor) -> Tensor:
+        if cached is not None:
+            return policy.pull(cached(policy.push(u)))
+        curvature = ((s, softmax_curvature(policy.logprobs(features[s]))) for s in slices)
+        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in curvature])
+
+    return product
+
+
+@torch.no_grad()
+def measure_at(policy: Policy, batch: Batch, reduce: Reduce, N: float) -> Measurement:
+    """Measure L - L_old, D, R and the largest KL of a state at the present theta, exactly.
+
+    R re-weights each state by the ratio of its prefix, prod_{t'<t} ratio_t': without it R would
+    count only the prefixes of the old policy, and the budget would leak through the drift. The
+    weights are normalised at each position (a completion that has ended keeps its last weight).
+    """
+    r = batch.rollout
+    logprobs = torch.zeros_like(batch.old_logprobs)
+    kl, ref_kl = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    for rows, tokens in batch.micro_batches():
+        features = policy.features(*r.model_inputs(rows))
+        for s in policy.chunks(len(features)):
+            at = tokens[s]
+            new = policy.logprobs(features[s])
+            logprobs[at] = token_logprobs(new, batch.actions[at])
+            kl[at] = categorical_kl(old=policy.logprobs(batch.old_features[at]), new=new)
+            ref_kl[at] = categorical_kl(old=new, new=policy.logprobs(batch.ref_features[at]))
+    log_ratio = (logprobs - batch.old_logprobs).double()
+    steps = r.padded(log_ratio)
+    weights = (steps.cumsum(-1) - steps).exp()
+    prefix = (weights / (reduce(weights.sum(0)) / N))[r.action_mask]
+    gain = (torch.expm1(log_ratio) * batch.advantages).sum()
+    sums = reduce(torch.stack([gain, kl.double().sum(), (prefix * ref_kl).sum()])) / N
+    return Measurement(float(sums[0]), float(sums[1]), float(sums[2]), float(kl.max()))
