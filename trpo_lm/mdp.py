@@ -232,9 +232,9 @@ class TokenMDP:
             ]
         )
         lengths, truncated = self._lengths(sampled)
-        T = int(lengths.max())
+        T = self.max_completion_length  # on every rank, however long its completions are
         action_mask = torch.arange(T)[None] < lengths[:, None]
-        sampled = sampled[:, :T].masked_fill(~action_mask, self.pad_token_id)
+        sampled = sampled.masked_fill(~action_mask, self.pad_token_id)
         completion_ids = [row[:n].tolist() for row, n in zip(sampled, lengths, strict=True)]
         completions = [self.text(row) for row in completion_ids]
         start = perf_counter()
@@ -256,6 +256,14 @@ class TokenMDP:
     def prefix_texts(self, rollout: Rollout) -> list[list[str]]:
         """Decode every prefix y_<t of every completion: one text for each action's state."""
         return [[self.text(ids[:t]) for t in range(len(ids))] for ids in rollout.completion_ids]
+
+    def prefix_scores(self, rollout: Rollout) -> Tensor:
+        """Return the reward functions' score of the text of every state, (N, T) float64."""
+        told = self.rewards.score_prefixes(
+            rollout.prompts, rollout.completions, self.prefix_texts(rollout), rollout.columns
+        )
+        flat = [score for row in told for score in row]
+        return rollout.padded(torch.tensor(flat, dtype=torch.float64))
 
     def _left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         P = max(map(len, prompts))

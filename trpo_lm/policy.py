@@ -321,12 +321,13 @@ def load_model(name: str, *, bf16: bool = False) -> PreTrainedModel | PeftModel:
         TrpoLMError: If it is not found, or needs code of its own.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
+    safe = {"trust_remote_code": False}  # and never ask on the terminal
     try:
         if (Path(name) / "adapter_config.json").is_file():
-            base = PeftConfig.from_pretrained(name).base_model_name_or_path
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **safe)
             return PeftModel.from_pretrained(model, name, is_trainable=True)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe)
     except (OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         reason = " not found locally and HF_HUB_OFFLINE=1" if offline else " cannot be loaded"

@@ -1,0 +1,75 @@
+"""Settings check themselves, and say everything that is wrong at once."""
+
+import dataclasses
+import math
+
+import pytest
+
+from trpo_lm.config import PPOSettings, TrainerConfig, TRPOSettings, describe
+from trpo_lm.errors import TrpoLMError
+
+BROKEN_TRPO = {
+    "max_kl": [0, -0.1, math.nan, math.inf, "abc", None, True],
+    "max_ref_kl": [0, -1.0, math.nan, math.inf],
+    "gamma": [0.0, 1.1, -0.5, math.nan],
+    "lam": [-0.1, 1.1, "x"],
+    "cg_iterations": [0, -1, 2.5, True, None],
+    "cg_tolerance": [-1e-3, math.nan],
+    "damping": [-0.1, math.inf],
+    "fisher_completions": [0, 1.5],
+    "line_search_trials": [0, "3"],
+    "backtrack_ratio": [0.0, 1.0, 1.5, -0.2],
+    "accept_ratio": [-0.1, 1.5],
+}
+BROKEN_PPO = {
+    "learning_rate": [0.0, -1.0, math.nan], "epochs": [0, 1.5], "minibatches": [0], "clip": [0.0],
+    "beta": [-0.1], "target_ref_kl": [0.0], "advantage": ["rloo"], "gamma": [0.0], "lam": [2.0],
+    "max_grad_norm": [0.0],
+}  # fmt: skip
+BROKEN_TRAINER = {
+    "temperature": [0, 0.0, -1.0, math.nan, math.inf, "hot"],
+    "updates": [0, 3.7, [1, 2], None, True],
+    "prompts_per_update": [0], "completions_per_prompt": [0], "max_completion_length": [0, -3],
+    "micro_batch_size": [0], "prefix_stride": [0], "logging_steps": [0], "eval_steps": [-1],
+    "eval_prompts": [0], "save_steps": [-1], "save_total_limit": [0], "seed": [-1, 0.5],
+    "truncate_prompts": ["right"], "critic": ["learned"], "on_bad_reward": ["ignore"],
+    "reward_weights": [[], [0.0], [math.nan, 1.0], [1.0, "x"]], "reward_timeout": [0, -1.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings, broken",
+    [(TRPOSettings, BROKEN_TRPO), (PPOSettings, BROKEN_PPO), (TrainerConfig, BROKEN_TRAINER)],
+)
+def test_N07_K03_each_broken_value_is_named_with_what_is_allowed(settings, broken):
+    for name, values in broken.items():
+        for value in values:
+            with pytest.raises(TrpoLMError) as error:
+                settings(**{name: value})
+            assert f"{name} = {value!r} is not allowed: it must be" in error.value.what, name
+            assert error.value.where == settings.__name__ and error.value.exit_code == 2
+
+
+def test_N07_all_broken_settings_are_listed_in_one_error():
+    with pytest.raises(TrpoLMError) as error:
+        TRPOSettings(max_kl=0, damping=-1, cg_iterations=0, backtrack_ratio=1, gamma=2, lam=3)
+    for name in ("max_kl", "damping", "cg_iterations", "backtrack_ratio", "gamma", "lam"):
+        assert f"{name} = " in str(error.value)
+    assert "accept_ratio" not in str(error.value)
+
+
+def test_defaults_and_borderline_values_are_allowed():
+    TRPOSettings(max_ref_kl=None, gamma=1, lam=0, damping=0, cg_tolerance=0, accept_ratio=0)
+    TRPOSettings(lam=1.0, gamma=1e-9, backtrack_ratio=0.5, accept_ratio=1.0)
+    PPOSettings(clip=None, beta=0.0, max_grad_norm=None, advantage="leave_one_out")
+    TrainerConfig(eval_steps=0, save_steps=0, reward_weights=[0, -1.0], temperature=0.1)
+
+
+@pytest.mark.parametrize("settings", [TRPOSettings, PPOSettings, TrainerConfig])
+def test_settings_are_frozen_and_every_field_explains_itself(settings):
+    made = settings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.seed = 3
+    for field in dataclasses.fields(settings):
+        assert len(field.metadata["help"]) > 10, field.name
+    assert settings(**describe(made)) == made
