@@ -41,15 +41,25 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Defaults(TrainerConfig):
-    """The trainer's settings with this recipe's own output folder."""
+class Run(TrainerConfig):
+    """The trainer's settings, with this recipe's own folder and length."""
 
     output_dir: str = option("runs/sentiment", "folder that receives everything the run writes")
+    updates: int = option(24, "policy updates")
+
+
+@dataclass(frozen=True)
+class Distances(TRPOSettings):
+    """TRPO's settings, with this recipe's own budget."""
+
+    max_ref_kl: float | None = option(
+        2.0, "budget: KL(policy || reference) allowed to the run, nats per completion; none: none"
+    )
 
 
 def run() -> None:
     """Parse, train, save, and show what changed."""
-    arguments, args, settings = parse((Arguments, Defaults, TRPOSettings), description=__doc__)
+    arguments, args, settings = parse((Arguments, Run, Distances), description=__doc__)
     if os.environ.get("RANK", "0") == "0":
         print("trpo_lm: loading torch and transformers ...", flush=True)
 

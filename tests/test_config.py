@@ -17,7 +17,7 @@ BROKEN_TRPO = {
     "cg_tolerance": [-1e-3, math.nan],
     "damping": [-0.1, math.inf],
     "fisher_completions": [0, 1.5],
-    "line_search_trials": [0, "3"],
+    "line_search_trials": [-1, "3"],
     "backtrack_ratio": [0.0, 1.0, 1.5, -0.2],
     "accept_ratio": [-0.1, 1.5],
 }

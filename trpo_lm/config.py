@@ -67,7 +67,9 @@ class TRPOSettings:
     fisher_completions: int = option(
         64, "completions (over all processes) whose tokens make up the Fisher products"
     )
-    line_search_trials: int = option(8, "step lengths tried before the step is given up")
+    line_search_trials: int = option(
+        8, "step lengths tried before the step is given up; 0: take the full step (NPG)"
+    )
     backtrack_ratio: float = option(
         0.8, "each trial's step as a share of the one before, in (0, 1)"
     )
@@ -91,7 +93,7 @@ class TRPOSettings:
                     "a number of at least 0, or None",
                 ),
                 "fisher_completions": (_whole(self.fisher_completions, 1), "at least 1"),
-                "line_search_trials": (_whole(self.line_search_trials, 1), "at least 1"),
+                "line_search_trials": (_whole(self.line_search_trials, 0), "at least 1"),
                 "backtrack_ratio": (
                     _number(self.backtrack_ratio, above=0, most=0.999),
                     "in (0, 1)",

@@ -156,7 +156,7 @@ class ValueHead:
     """
 
     default_lam = 0.95
-    RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # as a share of the mean feature variance
+    RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # in feature variances; the strongest wins ties
 
     def __init__(self, width: int, *, use_prefix: bool = False):
         self.name = "value_head+prefix" if use_prefix else "value_head"

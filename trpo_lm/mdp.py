@@ -221,10 +221,11 @@ class TokenMDP:
             RunFault: If the model returns non-finite logits, or a reward function fails.
         """
         groups = torch.arange(len(prompts)).repeat_interleave(completions_per_prompt)
-        repeated = [prompts[i] for i in groups]
-        values = {k: [v[i] for i in groups] for k, v in (columns or {}).items()}
+        order = groups.tolist()
+        repeated = [prompts[i] for i in order]
+        values = {k: [v[i] for i in order] for k, v in (columns or {}).items()}
         encoded = [encode_prompt(self.tokenizer, p) for p in prompts]
-        ids, mask = self._left_pad([encoded[i] for i in groups])
+        ids, mask = self._left_pad([encoded[i] for i in order])
         sampled = torch.cat(
             [
                 self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start))

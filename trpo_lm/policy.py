@@ -124,6 +124,12 @@ class Policy:
         finally:
             self.parameters.restore(theta)
 
+    def displacement(self) -> Tensor:
+        """Return theta - theta_ref, (M,)."""
+        return self.parameters.flatten(
+            [p.detach() - q for p, q in zip(self.parameters.tensors, self._reference, strict=True)]
+        )
+
     def hidden_and_features(
         self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor
     ) -> tuple[Tensor, Tensor]:

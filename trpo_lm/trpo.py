@@ -69,8 +69,9 @@ def constrained_update(
     settings: TRPOSettings,
     *,
     radius: float,
-    damping: tuple[float, float] = (0.0, 0.0),
+    damping: float = 0.0,
     metric: Tensor | None = None,
+    displacement: Tensor | None = None,
     ref_kl: float = math.nan,
     budget: float = math.inf,
 ) -> Update:
@@ -84,16 +85,24 @@ def constrained_update(
         measure: Exact gain, D and R at the present theta, reduced over ranks.
         settings: How to solve and how to search.
         radius: Trust region of this step, nats, <= settings.max_kl.
-        damping: Of the solves for v and for w, relative as `conjugate_gradient` takes it.
+        damping: Of the solves, relative as `conjugate_gradient` takes it.
         metric: Diagonal in which damping measures parameters, (M,), positive; None: all ones.
+        displacement: theta_old - theta_ref, (M,), to stand for w: the reference lies at -w, and
+            where parameters say where that is there is nothing to solve for. A w fitted to the
+            sampled b promises a fall of R that the next rollout does not show. None: solve.
         ref_kl: k, R at theta_old as this batch measures it, nats.
         budget: K on the scale of this batch's R, nats.
 
     Returns:
         The solves, the step and the search; theta is at the accepted point.
     """
-    v = solve(F, g, damping[0], metric, settings)
-    w = solve(F, b, damping[1], metric, settings) if b is not None else None
+    v = solve(F, g, damping, metric, settings)
+    if b is None:
+        w = None
+    elif displacement is not None and bool(displacement.any()):
+        w = CGSolution(displacement, F(displacement), math.nan, 0, "known", 0.0)
+    else:
+        w = solve(F, b, damping, metric, settings)
     plane, curved = spanning(F, v, w)
     step = plane_step(
         plane @ curved.T,
@@ -112,6 +121,8 @@ def constrained_update(
     def objection(trial: Measurement, scale: float) -> str | None:
         if not all(map(math.isfinite, (trial.gain, trial.kl))):
             return "non-finite"
+        if settings.line_search_trials == 0:  # natural policy gradient
+            return None
         if trial.kl > settings.max_kl:
             return "kl above max_kl"
         if b is not None and not trial.ref_kl <= max(budget, ref_kl):
@@ -127,7 +138,7 @@ def constrained_update(
     if step.case == "none":
         return Update(v, w, step, Search(0.0, measure(), ("no step",)))
     search = backtrack(
-        at, objection, ratio=settings.backtrack_ratio, trials=settings.line_search_trials
+        at, objection, ratio=settings.backtrack_ratio, trials=max(1, settings.line_search_trials)
     )
     if not search.accepted:
         theta.restore(theta_old)
@@ -208,7 +219,7 @@ def trust_region_step(
         measure,
         settings,
         radius=settings.max_kl,
-        damping=(settings.damping or 0.0, settings.damping or 0.0),
+        damping=settings.damping or 0.0,
         ref_kl=math.nan if k is None else float(k.detach()),
         budget=math.inf if settings.max_ref_kl is None else settings.max_ref_kl,
     )
@@ -227,7 +238,7 @@ class TRPO(TRPOSettings):
     def init_state(self, policy: Policy) -> dict[str, Any]:
         """Return the state kept between updates: plain numbers, and the running square of g."""
         square = torch.zeros(len(policy.parameters), device=policy.device)
-        return {"g": {}, "b": {}, "reference": {}, "radius": {}, "square": square}
+        return {"noise": {}, "reference": {}, "radius": {}, "square": square}
 
     def rewards(self, batch: Batch, state: dict[str, Any]) -> Tensor:
         """Return the rewards to maximise, (N, T): those of the MDP; the KL is a constraint."""
@@ -263,10 +274,12 @@ class TRPO(TRPOSettings):
         g, b = halves_g.sum(0) / N, None if halves_b is None else halves_b.sum(0) / N
         F = fisher(policy, batch, reduce, self.fisher_completions)
         metric = running_rms(state, g)
-        damping = (
-            self._damping(state["g"], halves_g, metric, N),
-            self._damping(state["b"], halves_b, metric, N),
-        )
+        damping = self.damping
+        if damping is None:
+            seen = noise(halves_g * metric.rsqrt(), N)
+            damping = wiener_damping(
+                state["noise"], signal=seen.signal, variance=seen.variance, N=N
+            )
         k, error = reference_kl(batch, reduce, N)
         K = budget_on_batch(
             state["reference"], k=k, variance=error**2, budget=self.max_ref_kl or math.inf
@@ -274,7 +287,8 @@ class TRPO(TRPOSettings):
         radius = radius_inside(state["radius"], self.max_kl)
         result = constrained_update(
             theta, g, b, F, lambda: measure_at(policy, batch, reduce, N), self,
-            radius=radius, damping=damping, metric=metric, ref_kl=k, budget=K,
+            radius=radius, damping=damping, metric=metric,
+            displacement=policy.displacement(), ref_kl=k, budget=K,
         )  # fmt: skip
         signal = noise(halves_g, N)
         trial, step, scale = result.search.trial, result.step, result.search.scale
@@ -296,18 +310,10 @@ class TRPO(TRPOSettings):
             "trust_region/radius": radius,
             "cg/iterations": result.v.iterations + (result.w.iterations if result.w else 0),
             "cg/residual": result.v.residual,
-            "cg/damping": damping[0],
+            "cg/damping": damping,
             "line_search/trials": result.search.trials,
             "line_search/accepted": accepted,
             "line_search/reason": result.search.reasons[-1] if result.search.reasons else None,
             "signal/noise_scale": signal.scale,
             "signal/half_batch_cosine": signal.cosine,
         }
-
-    def _damping(
-        self, kept: dict[str, float], halves: Tensor | None, metric: Tensor, N: float
-    ) -> float:
-        if self.damping is not None or halves is None:
-            return self.damping or 0.0
-        seen = noise(halves * metric.rsqrt(), N)
-        return wiener_damping(kept, signal=seen.signal, variance=seen.variance, N=N)

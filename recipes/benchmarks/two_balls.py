@@ -1,6 +1,6 @@
 """Draw the step: two balls in the Fisher metric and the point farthest along v, in its four cases.
 
-    python recipes/benchmarks/two_balls.py        # writes recipes/figures/two_balls.png
+python recipes/benchmarks/two_balls.py        # writes recipes/figures/two_balls.png
 """
 
 import math
@@ -26,15 +26,20 @@ CASES = {  # w = F^-1 b (the reference lies at -w), and k - K
 OLD, REF, STEP = "#0072B2", "#D55E00", "#000000"
 
 
+def _dot(x, y):
+    return sum(a * b for a, b in zip(x, y, strict=True))
+
+
 def main():
-    figure, panels = plt.subplots(1, 4, figsize=(13, 3.6), constrained_layout=True)
+    figure, panels = plt.subplots(1, 4, figsize=(13, 3.2), constrained_layout=True)
     for axes, (name, (w, excess)) in zip(panels, CASES.items(), strict=True):
-        q, r, s = (sum(a * b for a, b in zip(x, y, strict=True)) for x, y in ((V, V), (V, w), (w, w)))
+        q, r, s = _dot(V, V), _dot(V, w), _dot(w, w)
         alpha, beta, case = farthest_point(q, r, s, delta=DELTA, excess=excess)
         assert case == name, (case, name)
         x, y = (alpha * a + beta * b for a, b in zip(V, w, strict=True))
         old = Circle((0, 0), math.sqrt(2 * DELTA), color=OLD, alpha=0.18, lw=0)
-        ref = Circle((-w[0], -w[1]), math.sqrt(max(s - 2 * excess, 0.0)), color=REF, alpha=0.18, lw=0)
+        radius = math.sqrt(max(s - 2 * excess, 0.0))
+        ref = Circle((-w[0], -w[1]), radius, color=REF, alpha=0.18, lw=0)
         for ball, colour in ((old, OLD), (ref, REF)):
             axes.add_patch(ball)
             axes.add_patch(Circle(ball.center, ball.radius, fill=False, color=colour, lw=1.2))
@@ -47,7 +52,7 @@ def main():
         axes.plot(-w[0], -w[1], "o", color=REF)
         axes.text(-w[0], -w[1] - 0.3, r"$\pi_{\rm ref}$", color=REF, ha="center")
         axes.set_title(f"case “{name}”", fontsize=12)
-        axes.set(xlim=(-3.0, 1.9), ylim=(-2.1, 2.1), aspect="equal", xticks=[], yticks=[])
+        axes.set(xlim=(-4.1, 1.3), ylim=(-2.15, 2.15), aspect="equal", xticks=[], yticks=[])
         for side in axes.spines.values():
             side.set_visible(False)
     figure.suptitle(
