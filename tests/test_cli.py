@@ -93,7 +93,7 @@ def test_help_answers_at_once_and_without_torch(tmp_path):
     assert done.stderr.strip() == "False"
     assert "Trains a model." in done.stdout
     assert re.search(
-        r"--max_kl FLOAT\s+trust region:.*\n.*nats per completion \[0\.05\]", done.stdout
+        r"--max_kl FLOAT\s+trust region:.*\n.*nats per completion \[0\.1\]", done.stdout
     )
     assert "--bf16 true|false" in done.stdout
 

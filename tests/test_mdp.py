@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from trpo_lm.divergences import token_logprobs
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.mdp import encode_prompt, end_token_ids, measure
+from trpo_lm.mdp import encode_prompt, end_token_ids, ignored_sampling, measure
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %} {{ m['role'] }} {{ m['content'] }}{% endfor %}"
@@ -351,3 +351,10 @@ def test_hidden_states_are_those_of_the_reference():
     batch = tiny.batch(policy)
     assert torch.equal(batch.hidden, batch.ref_features)
     assert not torch.allclose(batch.hidden, batch.old_features, atol=1e-2)
+
+
+def test_K02_what_the_model_ships_and_training_ignores_is_told():
+    policy = tiny.policy()
+    assert ignored_sampling(policy.base) == {}
+    policy.base.generation_config.update(top_k=5, top_p=0.5, repetition_penalty=1.3)
+    assert ignored_sampling(policy.base) == {"top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3}

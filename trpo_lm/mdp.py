@@ -363,6 +363,16 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
+def ignored_sampling(model: Any) -> dict[str, Any]:
+    """Return the sampling settings that a model ships and training does not use."""
+    own = getattr(model.generation_config, "to_diff_dict", dict)()
+    return {
+        name: own[name]
+        for name, neutral in NEUTRAL_SAMPLING.items()
+        if name not in ("do_sample", "num_beams") and own.get(name, neutral) not in (neutral, None)
+    }
+
+
 @dataclass
 class Batch:
     """A rollout with what the old policy and the reference say about its states.

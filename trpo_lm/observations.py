@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trpo_lm.errors import RunFault
 from trpo_lm.mdp import Batch, Rollout
+from trpo_lm.objective import measure_at
 from trpo_lm.policy import Policy
 from trpo_lm.ranks import Ranks
-from trpo_lm.trpo import measure_at
 
 EQUAL = 1e-12  # rewards that differ by less than this share of their size differ by rounding
 

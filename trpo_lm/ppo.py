@@ -32,9 +32,9 @@ from trpo_lm.advantages import gae, group_normalised, leave_one_out, whiten
 from trpo_lm.config import PPOSettings
 from trpo_lm.divergences import token_logprobs
 from trpo_lm.mdp import Batch
+from trpo_lm.objective import Reduce, measure_at
 from trpo_lm.policy import Policy
 from trpo_lm.seeds import generator
-from trpo_lm.trpo import Reduce, measure_at
 
 
 @dataclass(frozen=True)

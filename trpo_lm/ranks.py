@@ -11,6 +11,7 @@ This is the only module that imports accelerate.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +35,23 @@ class Ranks:
         count: Processes of the run.
         main: Whether this one writes the files and the screen.
         device: Where its model lives.
+
+    Raises:
+        TrpoLMError: If several processes were asked for and this is the only one.
     """
 
     def __init__(self):
-        self.accelerator = Accelerator()
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        # Without being told, accelerate forms no group on a machine that has no accelerator.
+        self.accelerator = Accelerator(cpu=several and not torch.accelerator.is_available())
+        launched = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
+        if self.accelerator.num_processes == 1 and (several or launched):
+            raise TrpoLMError(  # accelerate launch --cpu --num_processes 2 starts one, silently
+                "several processes were asked for, and this one is alone",
+                where="launcher",
+                hint="on the CPU: torchrun --nproc_per_node N, or accelerate launch --multi_gpu "
+                "--num_processes N on a machine without a GPU",
+            )
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.main = self.accelerator.is_main_process

@@ -20,7 +20,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +39,7 @@ from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.critic import make_critic
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.interrupts import Interrupts
-from trpo_lm.mdp import Batch, Rollout, TokenMDP, end_token_ids, measure
+from trpo_lm.mdp import Batch, Rollout, TokenMDP, end_token_ids, ignored_sampling, measure
 from trpo_lm.metrics import (
     Console,
     append_json_line,
@@ -229,6 +228,11 @@ class Trainer:
                 prompts=len(self.prompts), rewards=self.rewards.names,
             )
         )  # fmt: skip
+        ignored = ignored_sampling(self.policy.base)
+        if ignored:
+            self.console.note(
+                f"sampling is neutral in training; the model's own {ignored} is not used"
+            )
         scores = (row.get("objective/score_mean") for row in self.rows)
         self.console.first_score = next((s for s in scores if s is not None), None)
         self._boundary = self._snapshot()
@@ -360,12 +364,7 @@ class Trainer:
         start = time.perf_counter()
         scores = None
         if "prefix" in self.critic.name:
-            told = self.rewards.score_prefixes(
-                rollout.prompts, rollout.completions, self.mdp.prefix_texts(rollout),
-                rollout.columns,
-            )  # fmt: skip
-            scores = torch.zeros_like(rollout.rewards)
-            scores[rollout.action_mask] = torch.tensor(list(chain(*told)), dtype=torch.float64)
+            scores = self.mdp.prefix_scores(rollout)
         return rollout, scores, time.perf_counter() - start
 
     def _rows(self, update: int) -> list[int]:

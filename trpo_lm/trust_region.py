@@ -41,8 +41,8 @@ class Step:
         gain: Predicted change of the surrogate, g.x.
         kl: Predicted KL(old || new), 1/2 x.Fx, nats.
         ref_change: Predicted change of the reference KL, b.x + 1/2 x.Fx, nats.
-        alignment: Cosine of v and w in the Fisher metric, nan without w. At the optimum of the
-            budgeted problem g is a multiple of b and the cosine is 1.
+        alignment: Cosine of v and w in the Fisher metric, nan without w. With w = F^-1 b it is 1
+            at the optimum of the budgeted problem, where g is a multiple of b.
     """
 
     multipliers: tuple[float, ...]

@@ -1,0 +1,356 @@
+"""Several processes with a real gloo group: cases D01-D05, D08 and the rest of X08."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import processes
+import pytest
+import runs
+import tiny
+import torch
+from runs import checkpoints, checksum, trainer
+
+import trpo_lm.checkpoint
+from trpo_lm.advantages import returns
+from trpo_lm.critic import PrefixCritic, ValueHead
+from trpo_lm.mdp import measure
+from trpo_lm.ppo import PPO
+from trpo_lm.ranks import Ranks
+from trpo_lm.trpo import TRPO
+
+pytestmark = pytest.mark.distributed
+HERE = Path(__file__).resolve().parent
+
+
+def train(folder, *, reward=runs.score, **options):
+    """Run on this rank and return what must be the same on all."""
+    runs.no_pictures()
+    trpo_lm.checkpoint.os.fsync = lambda descriptor: None
+    made = trainer(folder, reward=reward, **options)
+    made.train()
+    return made.policy.parameters.checksum(), len(made.rows), made.completions
+
+
+def at_rank(rank, then, otherwise=runs.score):
+    return then if int(os.environ["RANK"]) == rank else otherwise
+
+
+def same(answers):
+    """Return what all ranks returned, once it is the same."""
+    assert all(ok for ok, _ in answers), answers
+    assert len({repr(value) for _, value in answers}) == 1, answers
+    return answers[0][1]
+
+
+# ---------------------------------------------------------------- D01: sums
+
+
+def share(rollout, rows):
+    """Return some rows of a rollout, as if they were all there is."""
+
+    def pick(values):
+        return [values[i] for i in rows] if isinstance(values, list) else values[rows]
+
+    scores = rollout.scores
+    return replace(
+        rollout,
+        prompts=pick(rollout.prompts), completions=pick(rollout.completions), columns={},
+        groups=pick(rollout.groups), input_ids=pick(rollout.input_ids),
+        attention_mask=pick(rollout.attention_mask), action_mask=pick(rollout.action_mask),
+        truncated=pick(rollout.truncated), rewards=pick(rollout.rewards),
+        scores=replace(
+            scores, score=pick(scores.score), valid=pick(scores.valid),
+            terminal=pick(scores.terminal), columns={},
+        ),
+    )  # fmt: skip
+
+
+PARTS = [range(8), range(8, 14)]  # 4 prompts and 3, two completions each, of unequal length
+
+
+def updates_of(algorithm, prefix, dtype):
+    """Make two updates on this rank's part of the same completions; return all that came of it."""
+    ranks = Ranks()
+    policy = tiny.policy(spread=0.3, dtype=dtype)
+    state = algorithm.init_state(policy)
+    critic = PrefixCritic(5) if prefix else ValueHead(8)
+    mdp = tiny.mdp(lambda completions: [None if c == "w5" else len(c) for c in completions])
+    told = []
+    for update in range(2):
+        rollout = mdp.rollout(policy, runs.PROMPTS, completions_per_prompt=2, seed=("D01", update))
+        if ranks.count > 1:
+            rollout = share(rollout, list(PARTS[ranks.rank]))
+        batch = measure(policy, rollout, micro_batch_size=3)
+        mask, valid = rollout.action_mask, rollout.scores.valid
+        batch.rewards = algorithm.rewards(batch, state)
+        targets = returns(batch.rewards, mask, gamma=1.0)
+        scores = rollout.input_ids[:, -mask.shape[1] :].double() * mask / 13
+        batch.values = critic.values(batch.hidden, scores, mask, untrained=0.5)
+        batch.advantages = algorithm.advantages(batch, ranks.reduce)[mask].to(batch.old_logprobs)
+        row = algorithm.update(policy, batch, ranks.reduce, state, ("D01", update))
+        critic.fit(batch.hidden, scores, mask, targets, valid, ranks.reduce)
+        told.append([row["trust_region/kl"], row["trust_region/ref_kl_after"]])
+        told[-1] += [row.get("line_search/trials"), row.get("line_search/accepted")]
+    theta = policy.parameters.flatten(policy.parameters.tensors).tolist()
+    return theta, told, {k: v.tolist() for k, v in critic.state().items()}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "prefix"),
+    [
+        (TRPO(max_kl=0.05, max_ref_kl=0.5, fisher_completions=14, lam=0.9), False),
+        (TRPO(max_kl=0.05, max_ref_kl=None, fisher_completions=14, lam=0.5), True),
+        (PPO(learning_rate=0.02, epochs=2, minibatches=1, lam=0.9, beta=0.1), False),
+    ],
+)
+def test_D01_two_processes_take_the_step_of_one(algorithm, prefix):
+    # float64: what is left is the order of sums alone; CG amplifies float32's by its condition
+    alone = updates_of(algorithm, prefix, torch.float64)
+    answers = processes.ranks(2, updates_of, algorithm, prefix, torch.float64)
+    theta, told, critic = same(answers)
+    close = pytest.approx(torch.tensor(alone[0]).numpy(), abs=1e-6)
+    assert torch.tensor(theta).numpy() == close
+    for one, two in zip(alone[1], told, strict=True):
+        assert two == pytest.approx(one, abs=1e-6)
+    for name, values in alone[2].items():
+        assert torch.allclose(torch.tensor(critic[name]), torch.tensor(values), atol=1e-6), name
+
+
+# ---------------------------------------------------------------- D02, D03: whole runs
+
+
+def test_D02_seven_prompts_on_two_ranks(tmp_path):
+    options = {"prompts_per_update": 7, "updates": 3, "evals": runs.HELD_OUT}
+    checksum_, updates, count = same(
+        processes.ranks(2, train_with, tmp_path / "two", options, None)
+    )
+    assert (updates, count) == (3, 42)
+    assert checksum_ == checksum(tmp_path / "two")
+    lines = [json.loads(line) for line in runs.completions(tmp_path / "two").splitlines()]
+    for update in (1, 2, 3):
+        prompts = sorted(line["prompt"] for line in lines if line["update"] == update)
+        assert prompts == sorted(runs.PROMPTS * 2)  # each once, with its two completions
+    first = runs.rows(tmp_path / "two")[0]
+    assert first["objective/completion_length"] == first["tokens"] / 14
+    for row in runs.rows(tmp_path / "two"):
+        scores = [line["score"] for line in lines if line["update"] == row["update"]]
+        assert row["objective/score_mean"] == pytest.approx(sum(scores) / 14)
+    assert runs.rows(tmp_path / "two")[-1]["objective/eval_score_mean"] is not None
+
+
+def train_with(folder, options, special):
+    """Train with a reward that is special on one rank: (rank, name of a reward below)."""
+    reward = runs.score if special is None else at_rank(special[0], REWARDS[special[1]])
+    calls = []
+
+    def score(completions, log_metric):
+        calls.append(1)
+        log_metric("rank", float(os.environ.get("RANK", 0)))
+        return reward(completions) if len(calls) > 1 else runs.score(completions)
+
+    return train(folder, reward=score, **options)
+
+
+def abstain(completions):
+    return [None] * len(completions)
+
+
+def louder(completions):
+    return [10 * x - 3 for x in runs.score(completions)]
+
+
+def broken(completions):
+    raise KeyError("label")
+
+
+def infinite(completions):
+    return [float("inf")] * len(completions)
+
+
+REWARDS = {"abstain": abstain, "louder": louder, "broken": broken, "infinite": infinite}
+
+
+@pytest.mark.parametrize("name", ["abstain", "louder"])
+def test_D02_D03_ranks_that_see_different_rewards_decide_alike(tmp_path, name):
+    options = {"updates": 4, "prompts_per_update": 5}
+    answers = processes.ranks(2, train_with, tmp_path, options, (1, name))
+    assert same(answers)[0] == checksum(tmp_path)
+    rows = runs.rows(tmp_path)
+    assert [row["skipped"] for row in rows] == [None] * 4
+    assert all(row["rank"] == 0.5 for row in rows)  # logged by both, averaged
+    said = [json.loads(line)["score"] for line in runs.completions(tmp_path).splitlines()]
+    assert said.count(None) == (12 if name == "abstain" else 0)
+
+
+def test_D03_parameters_that_differ_are_noticed(tmp_path):
+    answers = processes.ranks(2, train_apart, tmp_path)
+    for ok, (kind, code, message) in answers:
+        assert (ok, kind, code) == (False, "RunFault", 3)
+        assert "the ranks' parameters differ (update 2)" in message
+    assert checkpoints(tmp_path) == ["checkpoint-000001"]
+
+
+def train_apart(folder):
+    runs.no_pictures()
+    made = trainer(folder, updates=3, save_steps=1)
+    real = made.critic.fit
+
+    def fit(*args):
+        if made.update == 1 and made.ranks.rank == 1:
+            with torch.no_grad():
+                made.policy.parameters.tensors[0][0, 0] += 1e-7
+        real(*args)
+
+    made.critic.fit = fit
+    made.train()
+
+
+# ---------------------------------------------------------------- D04, X08, C06: shared ends
+
+
+@pytest.mark.parametrize(("rank", "name"), [(0, "broken"), (1, "infinite")])
+def test_D04_one_ranks_exception_is_everyones(tmp_path, rank, name):
+    start = time.perf_counter()
+    answers = processes.ranks(2, train_with, tmp_path, {"save_steps": 0}, (rank, name))
+    assert time.perf_counter() - start < 10
+    what = "raised KeyError: 'label'" if name == "broken" else "returned inf for sample 0"
+    messages = {message for _, (_, _, message) in answers}
+    assert len(messages) == 1
+    assert what in messages.pop()
+    for ok, (kind, code, message) in answers:
+        assert (ok, kind, code) == (False, "RunFault", 3)
+        assert f"rank {rank}" in message and "saved checkpoint-000001" in message
+    assert runs.rows(tmp_path)[0]["policy/checksum"] == checksum(tmp_path)
+
+
+def test_C06_a_mistake_that_rank_0_finds_is_everyones(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for ok, (kind, code, message) in processes.ranks(2, train_with, tmp_path, {}, None):
+        assert (ok, kind, code) == (False, "TrpoLMError", 2)
+        assert "is not empty: it holds notes.txt" in message and "rank 0" in message
+
+
+def test_every_rank_needs_a_prompt(tmp_path):
+    options = {"evals": ["w1"], "updates": 1}
+    for ok, (_, code, message) in processes.ranks(2, train_with, tmp_path, options, None):
+        assert (ok, code) == (False, 2) and "1 prompts cannot be shared by 2" in message
+
+
+def train_until_told(folder, signalled):
+    """Rank `signalled` gets SIGTERM in the middle of its third update."""
+    reward = at_rank(signalled, runs.Killer(3, signal.SIGTERM))
+    return train(folder, reward=reward, save_steps=0, updates=4)
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_X08_a_signal_to_one_rank_stops_all_of_them_together(tmp_path, signalled):
+    answers = processes.ranks(2, train_until_told, tmp_path / "a", signalled)
+    for ok, (kind, code, message) in answers:
+        assert (ok, kind, code) == (False, "Interrupted", 143)
+        assert "saved checkpoint-000003" in message
+    if signalled == 0:
+        options = {"updates": 4, "save_steps": 0}
+        went_on = options | {"resume_from_checkpoint": "auto"}
+        same(processes.ranks(2, train_plain, tmp_path / "a", went_on))
+        same(processes.ranks(2, train_plain, tmp_path / "b", options))
+        runs.assert_same_end(tmp_path / "a", tmp_path / "b", 4)
+
+
+def train_plain(folder, options):
+    return train(folder, **options)
+
+
+# ---------------------------------------------------------------- D08
+
+
+def test_D08_saved_on_two_ranks_and_resumed_on_one(tmp_path):
+    same(processes.ranks(2, train_plain, tmp_path, {"updates": 1}))
+    options = {"updates": 2, "resume_from_checkpoint": "auto"}
+    ok, (kind, code, message) = processes.run(train_plain, tmp_path, options)
+    assert (ok, kind, code) == (False, "TrpoLMError", 2)
+    assert "world_size  2" in message and "--allow_config_change world_size" in message
+    log = tmp_path.parent / "log"
+    options["allow_config_change"] = "world_size"
+    assert processes.run(train_plain, tmp_path, options, log=log)[0]
+    assert "not bit-exact" in log.read_text()
+
+
+# ---------------------------------------------------------------- the launcher itself
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+import os, pathlib, runs
+runs.no_pictures()
+killed = runs.Killer(5) if os.environ.get("RANK") == {rank!r} else runs.score
+killed.__name__ = "score"
+made = runs.trainer(pathlib.Path({folder!r}), reward=killed, prompts_per_update=7, save_steps=2,
+                    resume_from_checkpoint="auto")
+made.train()
+print("rank", os.environ["RANK"], "ends with", made.policy.parameters.checksum(), flush=True)
+"""
+
+
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+                   "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+                   "--main_process_port"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port"],
+    "accelerate on the cpu": ["accelerate.commands.launch", "--cpu", "--num_processes=2",
+                              "--main_process_port"],
+}  # fmt: skip
+
+
+def launch(launcher, folder, rank, log):
+    script = log.with_suffix(".py")
+    script.write_text(SCRIPT.format(here=str(HERE), rank=rank, folder=str(folder)))
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(processes.free_port()), str(script)]
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(log, "w") as out:
+        return subprocess.run(
+            command, stdout=out, stderr=subprocess.STDOUT, timeout=150, env=environment
+        ).returncode
+
+
+def alive(script):
+    """Return the processes whose command line holds the script."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(script).encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_D02_D05_under_accelerate_launch_with_a_rank_that_is_killed(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "launch.log"
+    assert launch("accelerate", folder, "1", log) != 0
+    assert alive(log.with_suffix(".py")) == []
+    assert checkpoints(folder)[-1] == "checkpoint-000004"
+    assert launch("torchrun", folder, "none", log) == 0
+    ends = {line.split()[-1] for line in log.read_text().splitlines() if "ends with" in line}
+    assert len(ends) == 1 and ends == {checksum(folder)}
+    assert len([x for x in log.read_text().splitlines() if "ends with" in x]) == 2
+    assert [row["update"] for row in runs.rows(folder)] == [1, 2, 3, 4, 5, 6]
+    assert [row["completions"] for row in runs.rows(folder)] == list(range(14, 85, 14))
+    assert log.read_text().count("update 6/6") == 1  # nothing from the other rank
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(tmp_path):
+    log = tmp_path / "launch.log"
+    assert launch("accelerate on the cpu", tmp_path / "run", "none", log) != 0
+    assert "several processes were asked for, and this one is alone" in log.read_text()
+    assert "torchrun --nproc_per_node N" in log.read_text()
