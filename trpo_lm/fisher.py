@@ -40,7 +40,12 @@ def twice_differentiable() -> Iterator[None]:
 def softmax_curvature(logprobs: Tensor) -> Curvature:
     """Return z -> (diag p - p p^T) z for log-probabilities (n, V): the Fisher of the logits."""
     p = logprobs.exp()
-    return lambda z: p * (z - (p * z).sum(-1, keepdim=True))
+
+    def product(z: Tensor) -> Tensor:
+        z = z.to(p.dtype)
+        return p * (z - torch.linalg.vecdot(p, z)[..., None])
+
+    return product
 
 
 class FisherOperator:

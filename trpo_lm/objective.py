@@ -21,6 +21,8 @@ from trpo_lm.fisher import FisherOperator, softmax_curvature, twice_differentiab
 from trpo_lm.mdp import Batch
 from trpo_lm.policy import Policy
 
+CACHED_CHUNKS = 16  # of probabilities, kept between Fisher products; more are computed anew
+
 Product = Callable[[Tensor], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
@@ -137,14 +139,18 @@ def fisher(policy: Policy, batch: Batch, reduce: Reduce, completions: int) -> Fi
 def head_curvature(policy: Policy, features: Tensor) -> Product:
     """Return u -> W^T (diag p - p p^T) W u on features (n, D), W the tempered output layer."""
     slices = list(policy.chunks(len(features)))
-    with torch.no_grad():
-        cached = softmax_curvature(policy.logprobs(features)) if len(slices) <= 16 else None
+
+    def curvature(s: slice) -> Product:
+        with torch.no_grad():
+            return softmax_curvature(policy.logprobs(features[s]))
+
+    few = len(slices) <= CACHED_CHUNKS
+    cached = [curvature(s) for s in slices] if few else None
 
     def product(u: Tensor) -> Tensor:
-        if cached is not None:
-            return policy.pull(cached(policy.push(u)))
-        curvature = ((s, softmax_curvature(policy.logprobs(features[s]))) for s in slices)
-        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in curvature])
+        each = cached if cached is not None else (curvature(s) for s in slices)
+        parts = zip(slices, each, strict=True)
+        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in parts])
 
     return product
 
