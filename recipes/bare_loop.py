@@ -21,11 +21,12 @@ from trpo_lm.objective import fisher, gradients, measure_at
 from trpo_lm.policy import Policy
 from trpo_lm.rewards import RewardModel, Rewards
 from trpo_lm.seeds import generator
+from trpo_lm.steering import running_rms
 from trpo_lm.trust_region import plane_step
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-MAX_KL, MAX_REF_KL = 0.1, 1.0  # delta and K, nats per completion
-UPDATES, PROMPTS, EACH, LENGTH, LAMBDA, SEED = 10, 32, 4, 24, 0.5, 0
+MAX_KL, MAX_REF_KL = 0.1, 2.0  # delta and K, nats per completion
+UPDATES, N, LENGTH, LAMBDA, SEED = 12, 256, 24, 0.5, 0
 
 
 def main():
@@ -37,14 +38,13 @@ def main():
     critic = PrefixCritic(LENGTH)
     lines = (DATA / "prompts_train.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
-    theta, alone, N = policy.parameters, (lambda tensor: tensor), PROMPTS * EACH
+    theta, alone = policy.parameters, (lambda tensor: tensor)  # alone: sums over one process
+    kept = {"square": torch.zeros(len(theta))}
 
     for update in range(1, UPDATES + 1):
         # sample completions from pi_old and score them
-        chosen = torch.randperm(len(prompts), generator=generator(SEED, update))[:PROMPTS]
-        rollout = mdp.rollout(
-            policy, [prompts[i] for i in chosen], completions_per_prompt=EACH, seed=(SEED, update)
-        )
+        chosen = torch.randperm(len(prompts), generator=generator(SEED, update))[:N]
+        rollout = mdp.rollout(policy, [prompts[i] for i in chosen.tolist()], seed=(SEED, update))
         mask, valid = rollout.action_mask, rollout.scores.valid
         batch = measure(policy, rollout, micro_batch_size=64)
         k = float(batch.ref_kl.sum()) / N  # R(theta_old), exact per state
@@ -56,14 +56,17 @@ def main():
         batch.advantages = whiten(advantages, mask, alone)[mask].float()
         critic.fit(None, scores, mask, returns(rollout.rewards, mask, gamma=1.0), valid, alone)
 
-        # g = grad L, b = grad R, F = Hessian of D; v = F^-1 g and w = F^-1 b by conjugate gradient
+        # g = grad L, b = grad R, F = Hessian of D; v = (F + lambda D)^-1 g by conjugate gradient,
+        # w = theta - theta_ref
         g, b = (halves.sum(0) / N for halves in gradients(policy, batch, alone, N, reference=True))
         F = fisher(policy, batch, alone, 64)
-        v = conjugate_gradient(F, g, max_iterations=8, rtol=0.01, damping=3.0)
-        w = conjugate_gradient(F, b, max_iterations=8, rtol=0.01, damping=0.1)
+        d = running_rms(kept, g).rsqrt()  # coordinates in which the damping is isotropic
+        scaled_F = lambda y, F=F, d=d: d * F(d * y)  # noqa: E731
+        y = conjugate_gradient(scaled_F, d * g, max_iterations=8, rtol=0.01, damping=3.0)
+        v, Fv, w = d * y.x, y.Ax / d, policy.displacement()
 
         # the point of both balls farthest along g, in the plane of v and w
-        plane, curved = torch.stack([v.x, w.x]), torch.stack([v.Ax, w.Ax])
+        plane, curved = torch.stack([v, w]), torch.stack([Fv, F(w)])
         gram, excess = plane @ curved.T, k - MAX_REF_KL
         step = plane_step(gram, plane @ g, plane @ b, delta=MAX_KL, excess=excess)
         x = torch.tensor(step.multipliers, dtype=g.dtype) @ plane
