@@ -98,19 +98,17 @@ class Noise:
         return self.variance / self.signal if self.signal > 0 else math.inf
 
 
-def noise(sums: Tensor | None, N: float) -> Noise:
+def noise(sums: Tensor, N: float) -> Noise:
     """Compare the gradients of two halves of a batch.
 
     The product of two independent halves estimates the squared signal without bias.
 
     Args:
-        sums: Sums of gradients over the completions of each half, (2, M), or None.
+        sums: Sums of gradients over the completions of each half, (2, M).
         N: Completions of both.
 
     Source: McCandlish et al. (2018), arXiv:1812.06162, App. A.
     """
-    if sums is None:
-        return Noise(0.0, 0.0, math.nan)
     first, second = sums.double() / (N / 2)
     lengths = float(first.norm() * second.norm())
     signal = float(first @ second)

@@ -88,7 +88,8 @@ class Policy:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if not trainable:
             raise TrpoLMError(
-                "the adapter has no trainable parameters", hint=f"target {self._linear_names()}"
+                "the adapter has no trainable parameters",
+                hint=f"target {linear_module_names(self.base)}",
             )
         for p in trainable:
             if p.dtype in (torch.bfloat16, torch.float16):
@@ -258,7 +259,7 @@ class Policy:
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
                 return get_peft_model(model, peft_config or default_lora())  # type: ignore
         except ValueError as error:
-            names = sorted({n.split(".")[-1] for n in linear_module_names(model)})
+            names = linear_module_names(model)
             raise TrpoLMError(
                 f"the adapter does not fit the model: {str(error).splitlines()[0]}",
                 where="peft_config",
@@ -298,9 +299,6 @@ class Policy:
                     hint="pass gradient_checkpointing=True to the trainer, or "
                     "gradient_checkpointing_enable({'use_reentrant': False})",
                 )
-
-    def _linear_names(self) -> list[str]:
-        return sorted({n.split(".")[-1] for n in linear_module_names(self.base)})
 
     @torch.no_grad()
     def _linear_head(self) -> torch.nn.Linear | None:
@@ -345,5 +343,7 @@ def load_model(name: str, *, bf16: bool = False) -> PreTrainedModel | PeftModel:
 
 
 def linear_module_names(model: torch.nn.Module) -> list[str]:
-    """Name the modules that an adapter can target (Linear, and GPT-2's Conv1D)."""
-    return [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    """Name the kinds of module that an adapter can target (Linear, and GPT-2's Conv1D)."""
+    kinds = ("Linear", "Conv1D")
+    found = (name for name, m in model.named_modules() if type(m).__name__ in kinds)
+    return sorted({name.split(".")[-1] for name in found})
