@@ -1,13 +1,9 @@
-"""Where scores come from: reward functions, reward models, and both of them on unfinished text.
+"""Where scores come from: several reward functions and reward models as one, checked.
 
 A reward function takes the keywords it names out of `KEYWORDS` and the dataset's columns and
 returns one entry for each completion: a number (paid at the last action), a list of numbers (one
-for each token, paid where they stand) or None to abstain. A reward model is a sequence classifier
-with a tokenizer of its own.
-
-For the prefix critic both can score the states of a completion, V(s_t) ~ score(prompt + y_<t). A
-state is handed over as *text*, so policy and reward model need not share a tokenizer. A causal
-classifier scores all states of a completion in one forward pass, an encoder needs a pass for each.
+for each token, paid where they stand) or None to abstain. A reward model is a classifier with a
+tokenizer of its own (`reward_models`). Both may score unfinished text, for the prefix critic.
 
 Nothing is clipped, normalised or replaced here: a reward that cannot be used is an error that names
 the function and the sample.
@@ -15,325 +11,26 @@ the function and the sample.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
-import multiprocessing
 import numbers
-import os
-import signal
-import time
-import traceback
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.reward_models import RewardModel
+from trpo_lm.reward_workers import RemoteFailure, Worker, call, collect_metric
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
 _SIGNATURE_HINT = f"a reward takes some of {', '.join(KEYWORDS)} and the dataset's columns, by name"
-_PROBE_TOKENS = 8  # length of the text on which a classifier shows whether it is causal
-_START_SECONDS = 120  # a worker process first imports torch and the function's module
-
-
-class RewardModel:
-    """A sequence classifier used as a reward.
-
-    Scores prompt + completion as one text; conversations go through the tokenizer's own chat
-    template. One output: its raw value. Several: the probability of `label` (softmax; sigmoid where
-    the config says "multi_label_classification"). Texts longer than the model's context lose their
-    beginning, for what a completion adds stands at the end.
-
-    Args:
-        model: Name or folder for `AutoModelForSequenceClassification`, or a loaded model.
-        processing_class: Its tokenizer; default: the one stored with the model.
-        label: Output to reward, by name or index. Default with two outputs: the one named
-            "positive", else index 1. Required with more.
-        batch_size: Texts in one forward pass.
-        prefix_stride: Without causal attention, score every k-th prefix and interpolate between.
-        allow_untrained_head: Accept weights that are missing from the model's files.
-        device: Where to move the model; default: it stays where it is.
-
-    Attributes:
-        causal: Whether all prefixes of a text come out of one forward pass.
-        max_length: Context length, tokens.
-
-    Raises:
-        TrpoLMError: If the model cannot be loaded, has no trained head, tokenizer or padding token,
-            or `label` is not one of its outputs.
-    """
-
-    scores_prefixes = True
-
-    def __init__(
-        self,
-        model: Any,
-        processing_class: Any = None,
-        *,
-        label: str | int | None = None,
-        batch_size: int = 64,
-        prefix_stride: int = 1,
-        allow_untrained_head: bool = False,
-        device: Any = None,
-    ):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        self.__name__ = name.rstrip("/").split("/")[-1] or type(model).__name__
-        if isinstance(model, str):
-            options = {"output_loading_info": True, "use_safetensors": True}
-            model, info = _load(AutoModelForSequenceClassification, name, **options)
-            if info["missing_keys"] and not allow_untrained_head:
-                raise TrpoLMError(
-                    f"reward model {name!r} has no trained head: its files lack "
-                    f"{', '.join(sorted(info['missing_keys']))}",
-                    hint="name a model trained for sequence classification, or pass "
-                    "allow_untrained_head=True (--allow_untrained_reward_head)",
-                )
-        self.model = (model if device is None else model.to(device)).eval()
-        self.tokenizer = tokenizer = processing_class or _load(AutoTokenizer, name)
-        self.batch_size, self.prefix_stride = batch_size, prefix_stride
-        config = self.model.config
-        self.label = _label_index(label, config, name)
-
-        pads = (
-            tokenizer.pad_token_id,
-            getattr(config, "pad_token_id", None),
-            tokenizer.eos_token_id,
-        )
-        pads = [i for i in pads if i is not None and i >= 0]
-        if not pads:
-            raise TrpoLMError(
-                f"the tokenizer of reward model {name!r} has neither a padding nor an end token",
-                hint="set tokenizer.pad_token and pass the tokenizer as processing_class",
-            )
-        # A causal classifier pools at the last token that is not config.pad_token_id.
-        self.pad_id = config.pad_token_id = config.get_text_config().pad_token_id = pads[0]
-        limits = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
-        limits = [n for n in (*limits, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
-        self.max_length = min(limits, default=2**31)
-        head = getattr(self.model, "score", None)
-        self._head = head if isinstance(head, torch.nn.Module) else None
-        self.causal = self._head is not None and tokenizer.is_fast and self._is_causal()
-
-    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
-        """Score whole completions.
-
-        Args:
-            prompts: (N,) strings, or conversations of {"role", "content"}.
-            completions: (N,) strings, or lists of messages.
-            columns: Ignored; accepted so that a model is called like a function.
-
-        Returns:
-            (N,) scores.
-        """
-        texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
-        return self._score_texts(texts, prompts)
-
-    def score_prefixes(
-        self, prompts: list, completions: list, prefixes: list[list[str]]
-    ) -> list[list[float]]:
-        """Score the states of N completions.
-
-        With a causal model a state takes the score at the last token that ends within its text, all
-        from one pass over the whole text; a state whose text is the whole completion takes the
-        score of `__call__`. Otherwise each distinct text is scored by itself.
-
-        Args:
-            prompts: (N,), as in `__call__`.
-            completions: (N,), as in `__call__`.
-            prefixes: prefixes[i][t] is the decoded text of the first t tokens of completion i.
-
-        Returns:
-            Scores in the shape of `prefixes`.
-        """
-        texts = [[self._text(p, x) for x in row] for p, row in zip(prompts, prefixes, strict=True)]
-        known: list[dict[int, float]] = [{} for _ in texts]
-        if self.causal and texts:
-            whole = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
-            known = self._score_in_one_pass(whole, texts, prompts)
-        # What is left: everything for an encoder; for a causal model texts beyond its context.
-        places: dict[str, list[tuple[int, int]]] = {}
-        for i, row in enumerate(texts):
-            left = [t for t in range(len(row)) if t not in known[i]]
-            for t in {*left[:: self.prefix_stride], *left[-1:]}:
-                places.setdefault(row[t], []).append((i, t))
-        for text, score in zip(places, self._score_texts(list(places), prompts), strict=True):
-            for i, t in places[text]:
-                known[i][t] = score
-        return [
-            np.interp(range(len(row)), sorted(at), [at[t] for t in sorted(at)]).tolist()
-            if row
-            else []
-            for row, at in zip(texts, known, strict=True)
-        ]
-
-    def _score_in_one_pass(
-        self, whole: list[str], texts: list[list[str]], prompts: list
-    ) -> list[dict[int, float]]:
-        """Return {t: score} for each row: the states that one pass over `whole` can score."""
-        known: list[dict[int, float]] = [{} for _ in texts]
-        rows, ends = self._encode(whole, prompts)
-        fits = [i for i, row in enumerate(rows) if len(row) <= self.max_length]
-        for i, (_, logits) in zip(fits, self._logits([rows[i] for i in fits]), strict=True):
-            scores = self._score(logits).tolist()
-            pooled = max((j for j, token in enumerate(rows[i]) if token != self.pad_id), default=0)
-            for t, text in enumerate(texts[i]):
-                # The text that both begin with: half a character decodes differently, and a
-                # template closes the message.
-                seen = bisect_left(
-                    range(len(text)), True, key=lambda n: not whole[i].startswith(text[: n + 1])
-                )
-                last = bisect_right(ends[i], seen) - 1
-                if last >= 0:
-                    known[i][t] = scores[min(last, pooled)]
-        return known
-
-    def _score_texts(self, texts: list[str], prompts: list) -> list[float]:
-        """Score each text by itself: (len(texts),)."""
-        if not texts:
-            return []
-        rows, _ = self._encode(texts, prompts)
-        return self._score(torch.stack([pooled for pooled, _ in self._logits(rows)])).tolist()
-
-    def _text(self, prompt: Any, completion: Any) -> str:
-        """Join a prompt and a completion, through the chat template for conversations."""
-        if isinstance(prompt, str):
-            whole = isinstance(completion, str)
-            return prompt + (completion if whole else "".join(m["content"] for m in completion))
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        if not self.tokenizer.chat_template:
-            raise TrpoLMError(
-                f"the tokenizer of reward model {self.__name__!r} has no chat template, and the "
-                "prompts are conversations",
-                hint="set tokenizer.chat_template and pass the tokenizer as processing_class",
-            )
-        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-
-    def _encode(self, texts: list[str], prompts: list) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokenise, with exactly one BOS where there is one.
-
-        Returns:
-            Token ids of each text, at least one; and the character at which each token ends, as a
-            running maximum: closing special tokens end with the text. No ends without a fast
-            tokenizer.
-        """
-        tokenizer, fast = self.tokenizer, self.tokenizer.is_fast
-        out = tokenizer(
-            texts,
-            add_special_tokens=isinstance(prompts[0], str),  # a template writes its own
-            return_offsets_mapping=fast,
-            verbose=False,
-        )
-        rows, bos = out["input_ids"], tokenizer.bos_token_id
-        offsets = out["offset_mapping"] if fast else [[] for _ in rows]
-        ends = [[end for _, end in row] for row in offsets]
-        blank = next(i for i in (bos, tokenizer.eos_token_id, self.pad_id) if i is not None)
-        for ids, end in zip(rows, ends, strict=True):
-            if len(ids) > 1 and ids[0] == ids[1] == bos:
-                del ids[0], end[:1]
-            if not ids:
-                ids.append(blank)
-        return rows, [list(accumulate(end, max)) for end in ends]
-
-    @torch.no_grad()
-    def _logits(self, rows: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
-        """Run the classifier on token ids, in right-padded batches of similar length.
-
-        Returns:
-            For each row its logits (labels,) and the head's output at each position (T, labels),
-            float32, on the CPU; the latter is empty where the head does not see single positions.
-        """
-        special = set(self.tokenizer.all_special_ids)
-        fitted = []
-        for row in rows:
-            kept = row[:1] if len(row) > self.max_length and row[0] in special else []
-            fitted.append(kept + row[len(kept) :][-self.max_length + len(kept) :])
-        order = sorted(range(len(rows)), key=lambda i: len(fitted[i]))
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        outputs: list[Tensor] = []
-
-        def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
-            outputs.append(output)
-
-        hook = self._head and self._head.register_forward_hook(keep)
-        try:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                tokens = [torch.tensor(fitted[i]) for i in batch]
-                ids = pad_sequence(tokens, batch_first=True, padding_value=self.pad_id)
-                mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
-                device = self.model.device
-                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-                pooled = logits.float().cpu()
-                inside = outputs.pop().float().cpu() if outputs else pooled
-                if inside.shape[:-1] != ids.shape:
-                    inside = pooled.new_empty(len(batch), 0, pooled.shape[-1])
-                for i, own, positions in zip(batch, pooled, inside, strict=True):
-                    found[i] = own, positions[: len(fitted[i])]
-        finally:
-            if hook:
-                hook.remove()
-        return [found[i] for i in range(len(rows))]
-
-    def _is_causal(self) -> bool:
-        """Whether the head at each position of a text says what the text cut there would get."""
-        special = {*self.tokenizer.all_special_ids, self.pad_id}
-        vocabulary = range(self.model.get_input_embeddings().num_embeddings)
-        probe = [i for i in vocabulary if i not in special][: min(_PROBE_TOKENS, self.max_length)]
-        cuts = self._logits([probe[: n + 1] for n in range(len(probe))])
-        alone, inside = torch.stack([pooled for pooled, _ in cuts]), cuts[-1][1]
-        tolerance = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
-        return inside.shape == alone.shape and bool((inside - alone).abs().max() <= tolerance)
-
-    def _score(self, logits: Tensor) -> Tensor:
-        """Turn logits (..., labels) into scores (...)."""
-        if logits.shape[-1] == 1:
-            return logits[..., 0]
-        if self.model.config.problem_type == "multi_label_classification":
-            return logits[..., self.label].sigmoid()
-        return logits.log_softmax(-1)[..., self.label].exp()
-
-
-def _load(loader: Any, name: str, **options: Any) -> Any:
-    """Load from a folder or the hub; never runs code that comes with the model."""
-    try:
-        return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-        absent = offline and not os.path.isdir(name)
-        why = "not found locally and HF_HUB_OFFLINE=1" if absent else "could not be loaded"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrpoLMError(
-            f"reward model {name!r} {why}: {reason}",
-            hint="give a folder with config.json, model.safetensors, tokenizer.json, or a hub id",
-        ) from error
-
-
-def _label_index(label: str | int | None, config: Any, name: str) -> int:
-    """Return the index of the output to reward."""
-    names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
-    if label is None and len(names) <= 2:
-        positive = [i for i, text in enumerate(names) if text.upper() in ("POSITIVE", "POS")]
-        return (positive or [len(names) - 1])[0]
-    for i, text in enumerate(names):
-        if label == i or (isinstance(label, str) and label.upper() == text.upper()):
-            return i
-    wish = "say which one to reward" if label is None else f"{label!r} is none of them"
-    raise TrpoLMError(
-        f"reward model {name!r} has the labels {', '.join(names)}: {wish}", where="label"
-    )
 
 
 @dataclass(frozen=True)
@@ -368,6 +65,34 @@ def scores_prefixes(function: Callable) -> Callable:
     score, the better the critic.
     """
     function.scores_prefixes = True  # type: ignore[attr-defined]
+    return function
+
+
+def load_reward(target: str) -> Callable:
+    """Import the reward function that `module:callable` names, for command lines.
+
+    The code of the module is run; elsewhere a string only ever names a reward model.
+
+    Args:
+        target: A module that Python can import, as on its own command line, and a name in it.
+
+    Raises:
+        TrpoLMError: If it is not of that form, cannot be imported, or is no reward function.
+    """
+    module, colon, name = target.partition(":")
+    if not (colon and name.isidentifier() and all(p.isidentifier() for p in module.split("."))):
+        raise TrpoLMError(
+            f"reward function {target!r} is not of the form module:callable",
+            hint="e.g. my_rewards:short_and_happy, with my_rewards.py in a folder of PYTHONPATH",
+        )
+    try:
+        function = getattr(import_module(module), name)
+    except Exception as error:
+        raise TrpoLMError(
+            f"reward function {target!r} cannot be imported: {type(error).__name__}: {error}",
+            hint="is its folder in PYTHONPATH?",
+        ) from error
+    _signature(function, target)
     return function
 
 
@@ -430,7 +155,7 @@ class Rewards:
             for f, weight in zip(self.functions, self.weights, strict=True)
             if weight
         )
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, Worker] = {}
         self._start_workers()
 
     def check_columns(self, column_names: Iterable[str]) -> None:
@@ -530,7 +255,7 @@ class Rewards:
         for k in weighted:
             if k not in results:
                 keywords = {"prompts": prompts, "completions": completions, "prefixes": prefixes}
-                (rows,) = _call([(self.functions[k].score_prefixes, keywords)])
+                (rows,) = call([(self.functions[k].score_prefixes, keywords)])
                 self._raise_failure(k, rows, prompts)
                 results[k] = [score for row in rows for score in row]
             values = self._checked(k, results[k], known["prompts"], None)
@@ -554,7 +279,7 @@ class Rewards:
         try:
             for k, function in enumerate(self.functions if self.timeout else ()):
                 if k not in self._workers and not isinstance(function, RewardModel):
-                    self._workers[k] = _Worker(function, self.names[k])
+                    self._workers[k] = Worker(function, self.names[k])
         except TrpoLMError:
             self.close()
             raise
@@ -570,7 +295,7 @@ class Rewards:
         metrics: dict[str, list[float]] = {}
         if not known["prompts"]:
             return [[] for _ in which], metrics
-        known = {**known, "log_metric": functools.partial(_log_metric, metrics)}
+        known = {**known, "log_metric": functools.partial(collect_metric, metrics)}
         keywords = {}
         for k in which:
             _, accepted = self._signatures[k]
@@ -581,7 +306,7 @@ class Rewards:
             for k in elsewhere:
                 self._workers[k].ask(keywords[k], self.timeout or math.inf)
             here = [k for k in keywords if k not in self._workers]
-            found = _call([(self.functions[k], keywords[k]) for k in here])
+            found = call([(self.functions[k], keywords[k]) for k in here])
             results = dict(zip(here, found, strict=True))
             for k in elsewhere:
                 results[k], remote = self._workers[k].answer()
@@ -600,7 +325,7 @@ class Rewards:
             ours = isinstance(result, (TrpoLMError, torch.OutOfMemoryError))
             if ours or not isinstance(result, Exception):  # a signal, met by an async function
                 raise result
-            kind = "" if isinstance(result, _RemoteFailure) else f"{type(result).__name__}: "
+            kind = "" if isinstance(result, RemoteFailure) else f"{type(result).__name__}: "
             where = f"{len(prompts)} samples, the first with prompt {_excerpt(prompts[0])}"
             raise RunFault(
                 f"reward {self.names[k]!r} raised {kind}{result}", where=where
@@ -646,127 +371,6 @@ class Rewards:
                 raise RunFault(f"{reward} returned {bad[0]} {sample}", hint=hint)
             values.append(math.nan if bad else value)
         return values
-
-
-class _RemoteFailure(Exception):
-    """Type and text of an exception in a worker process; its cause holds the traceback."""
-
-
-class _Worker:
-    """A process of its own for one function, so that a call that hangs can be killed.
-
-    Started afresh (spawn) rather than forked: the fork of a process with torch's threads may hang.
-    """
-
-    def __init__(self, function: Callable, name: str):
-        context = multiprocessing.get_context("spawn")
-        self.name, self.seconds, self.deadline, self.ready = name, 0.0, 0.0, False
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        try:
-            self.process.start()
-        except Exception as error:
-            raise TrpoLMError(
-                f"reward {name!r} cannot be sent to the worker process of a time limit: {error}",
-                hint="define it at the top level of a module, or leave reward_timeout unset",
-            ) from error
-        finally:
-            theirs.close()
-
-    def ask(self, keywords: dict[str, Any], seconds: float) -> None:
-        """Start a call that may take `seconds`, not counting the start of the process."""
-        if not self.ready:
-            self._receive(_START_SECONDS, "did not start")
-            self.ready = True
-        if "log_metric" in keywords:
-            keywords = {**keywords, "log_metric": None}
-        self.seconds, self.deadline = seconds, time.monotonic() + seconds
-        self.pipe.send(keywords)
-
-    def answer(self) -> tuple[Any, dict[str, list[float]]]:
-        """Return what the function returned, or its exception, and its metrics."""
-        late = f"took more than {self.seconds:g} s and was stopped"
-        result, failure, metrics = self._receive(self.deadline - time.monotonic(), late)
-        if failure:
-            result = _RemoteFailure(failure[0])
-            result.__cause__ = RuntimeError(failure[1])
-        return result, metrics
-
-    def _receive(self, seconds: float, late: str) -> Any:
-        hint = "in a script, start training under `if __name__ == '__main__':`"
-        try:
-            if self.pipe.poll(max(0.0, seconds)):
-                return self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(1)
-            late = f"lost its worker process (exit code {self.process.exitcode})"
-        raise RunFault(f"reward {self.name!r} {late}", hint=None if self.ready else hint)
-
-    def close(self) -> None:
-        """Kill the process and what it started."""
-        if self.process.pid and hasattr(os, "killpg"):
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-def _serve(pipe: Any, function: Callable) -> None:
-    """Answer calls until the other end closes; runs in the worker process."""
-    if hasattr(os, "setsid"):
-        os.setsid()  # a group of its own: killed as a whole, and out of reach of Ctrl-C
-    pipe.send("ready")
-    with suppress(EOFError):
-        while True:
-            keywords, metrics, failure = pipe.recv(), {}, None
-            if "log_metric" in keywords:
-                keywords["log_metric"] = functools.partial(_log_metric, metrics)
-            (result,) = _call([(function, keywords)])
-            if isinstance(result, BaseException):
-                text = "".join(traceback.format_exception(result))
-                result, failure = None, (f"{type(result).__name__}: {result}", text)
-            pipe.send((result, failure, metrics))
-
-
-def _call(calls: list[tuple[Callable, dict[str, Any]]]) -> list[Any]:
-    """Call functions in turn, the asynchronous ones together; exceptions are returned."""
-    results: list[Any] = []
-    for function, keywords in calls:
-        try:
-            results.append(function(**keywords))
-        except Exception as error:
-            results.append(error)
-    waiting = [k for k, result in enumerate(results) if inspect.isawaitable(result)]
-    for k, result in zip(waiting, _await_all([results[k] for k in waiting]), strict=True):
-        results[k] = result
-    return [_on_host(result) for result in results]
-
-
-def _await_all(awaitables: list[Any]) -> list[Any]:
-    """Wait for all of them at once; exceptions are returned."""
-
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*awaitables, return_exceptions=True)
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(gather()) if awaitables else []
-    with ThreadPoolExecutor(1) as pool:  # a notebook's thread already runs a loop
-        return pool.submit(lambda: asyncio.run(gather())).result()
-
-
-def _on_host(value: Any) -> Any:
-    """Replace tensors by arrays and tuples by lists."""
-    if isinstance(value, Tensor):
-        return value.detach().double().cpu().numpy()
-    return [_on_host(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _log_metric(metrics: dict[str, list[float]], name: str, value: float) -> None:
-    """Keep a value that a function wants logged; handed to it without the first argument."""
-    metrics.setdefault(name, []).append(float(value))
 
 
 def _total(value: float | list[float] | None) -> float:

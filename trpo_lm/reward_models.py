@@ -1,0 +1,313 @@
+"""Reward models: sequence classifiers that score whole and unfinished text.
+
+For the prefix critic a reward model also scores the states of a completion, V(s_t) ~ score(prompt +
+y_<t). A state is handed over as *text*, so policy and reward model need not share a tokenizer. A
+causal classifier scores all states of a completion in one forward pass, an encoder needs a pass for
+each.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from trpo_lm.errors import TrpoLMError
+
+_PROBE_TOKENS = 8  # length of the text on which a classifier shows whether it is causal
+
+
+class RewardModel:
+    """A sequence classifier used as a reward.
+
+    Scores prompt + completion as one text; conversations go through the tokenizer's own chat
+    template. One output: its raw value. Several: the probability of `label` (softmax; sigmoid where
+    the config says "multi_label_classification"). Texts longer than the model's context lose their
+    beginning, for what a completion adds stands at the end.
+
+    Args:
+        model: Name or folder for `AutoModelForSequenceClassification`, or a loaded model.
+        processing_class: Its tokenizer; default: the one stored with the model.
+        label: Output to reward, by name or index. Default with two outputs: the one named
+            "positive", else index 1. Required with more.
+        batch_size: Texts in one forward pass.
+        prefix_stride: Without causal attention, score every k-th prefix and interpolate between.
+        allow_untrained_head: Accept weights that are missing from the model's files.
+        device: Where to move the model; default: it stays where it is.
+
+    Attributes:
+        causal: Whether all prefixes of a text come out of one forward pass.
+        max_length: Context length, tokens.
+
+    Raises:
+        TrpoLMError: If the model cannot be loaded, has no trained head, tokenizer or padding token,
+            or `label` is not one of its outputs.
+    """
+
+    scores_prefixes = True
+
+    def __init__(
+        self,
+        model: Any,
+        processing_class: Any = None,
+        *,
+        label: str | int | None = None,
+        batch_size: int = 64,
+        prefix_stride: int = 1,
+        allow_untrained_head: bool = False,
+        device: Any = None,
+    ):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        self.__name__ = name.rstrip("/").split("/")[-1] or type(model).__name__
+        if isinstance(model, str):
+            options = {"output_loading_info": True, "use_safetensors": True}
+            model, info = _load(AutoModelForSequenceClassification, name, **options)
+            if info["missing_keys"] and not allow_untrained_head:
+                raise TrpoLMError(
+                    f"reward model {name!r} has no trained head: its files lack "
+                    f"{', '.join(sorted(info['missing_keys']))}",
+                    hint="name a model trained for sequence classification, or pass "
+                    "allow_untrained_head=True (--allow_untrained_reward_head)",
+                )
+        self.model = (model if device is None else model.to(device)).eval()
+        self.tokenizer = tokenizer = processing_class or _load(AutoTokenizer, name)
+        self.batch_size, self.prefix_stride = batch_size, prefix_stride
+        config = self.model.config
+        self.label = _label_index(label, config, name)
+
+        pads = (
+            tokenizer.pad_token_id,
+            getattr(config, "pad_token_id", None),
+            tokenizer.eos_token_id,
+        )
+        pads = [i for i in pads if i is not None and i >= 0]
+        if not pads:
+            raise TrpoLMError(
+                f"the tokenizer of reward model {name!r} has neither a padding nor an end token",
+                hint="set tokenizer.pad_token and pass the tokenizer as processing_class",
+            )
+        # A causal classifier pools at the last token that is not config.pad_token_id.
+        self.pad_id = config.pad_token_id = config.get_text_config().pad_token_id = pads[0]
+        limits = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
+        limits = [n for n in (*limits, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
+        self.max_length = min(limits, default=2**31)
+        head = getattr(self.model, "score", None)
+        self._head = head if isinstance(head, torch.nn.Module) else None
+        self.causal = self._head is not None and tokenizer.is_fast and self._is_causal()
+
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
+        """Score whole completions.
+
+        Args:
+            prompts: (N,) strings, or conversations of {"role", "content"}.
+            completions: (N,) strings, or lists of messages.
+            columns: Ignored; accepted so that a model is called like a function.
+
+        Returns:
+            (N,) scores.
+        """
+        texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return self._score_texts(texts, prompts)
+
+    def score_prefixes(
+        self, prompts: list, completions: list, prefixes: list[list[str]]
+    ) -> list[list[float]]:
+        """Score the states of N completions.
+
+        With a causal model a state takes the score at the last token that ends within its text, all
+        from one pass over the whole text; a state whose text is the whole completion takes the
+        score of `__call__`. Otherwise each distinct text is scored by itself.
+
+        Args:
+            prompts: (N,), as in `__call__`.
+            completions: (N,), as in `__call__`.
+            prefixes: prefixes[i][t] is the decoded text of the first t tokens of completion i.
+
+        Returns:
+            Scores in the shape of `prefixes`.
+        """
+        texts = [[self._text(p, x) for x in row] for p, row in zip(prompts, prefixes, strict=True)]
+        known: list[dict[int, float]] = [{} for _ in texts]
+        if self.causal and texts:
+            whole = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
+            known = self._score_in_one_pass(whole, texts, prompts)
+        # What is left: everything for an encoder; for a causal model texts beyond its context.
+        places: dict[str, list[tuple[int, int]]] = {}
+        for i, row in enumerate(texts):
+            left = [t for t in range(len(row)) if t not in known[i]]
+            for t in {*left[:: self.prefix_stride], *left[-1:]}:
+                places.setdefault(row[t], []).append((i, t))
+        for text, score in zip(places, self._score_texts(list(places), prompts), strict=True):
+            for i, t in places[text]:
+                known[i][t] = score
+        return [
+            np.interp(range(len(row)), sorted(at), [at[t] for t in sorted(at)]).tolist()
+            if row
+            else []
+            for row, at in zip(texts, known, strict=True)
+        ]
+
+    def _score_in_one_pass(
+        self, whole: list[str], texts: list[list[str]], prompts: list
+    ) -> list[dict[int, float]]:
+        """Return {t: score} for each row: the states that one pass over `whole` can score."""
+        known: list[dict[int, float]] = [{} for _ in texts]
+        rows, ends = self._encode(whole, prompts)
+        fits = [i for i, row in enumerate(rows) if len(row) <= self.max_length]
+        for i, (_, logits) in zip(fits, self._logits([rows[i] for i in fits]), strict=True):
+            scores = self._score(logits).tolist()
+            pooled = max((j for j, token in enumerate(rows[i]) if token != self.pad_id), default=0)
+            for t, text in enumerate(texts[i]):
+                # The text that both begin with: half a character decodes differently, and a
+                # template closes the message.
+                seen = bisect_left(
+                    range(len(text)), True, key=lambda n: not whole[i].startswith(text[: n + 1])
+                )
+                last = bisect_right(ends[i], seen) - 1
+                if last >= 0:
+                    known[i][t] = scores[min(last, pooled)]
+        return known
+
+    def _score_texts(self, texts: list[str], prompts: list) -> list[float]:
+        """Score each text by itself: (len(texts),)."""
+        if not texts:
+            return []
+        rows, _ = self._encode(texts, prompts)
+        return self._score(torch.stack([pooled for pooled, _ in self._logits(rows)])).tolist()
+
+    def _text(self, prompt: Any, completion: Any) -> str:
+        """Join a prompt and a completion, through the chat template for conversations."""
+        if isinstance(prompt, str):
+            whole = isinstance(completion, str)
+            return prompt + (completion if whole else "".join(m["content"] for m in completion))
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        if not self.tokenizer.chat_template:
+            raise TrpoLMError(
+                f"the tokenizer of reward model {self.__name__!r} has no chat template, and the "
+                "prompts are conversations",
+                hint="set tokenizer.chat_template and pass the tokenizer as processing_class",
+            )
+        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+    def _encode(self, texts: list[str], prompts: list) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokenise, with exactly one BOS where there is one.
+
+        Returns:
+            Token ids of each text, at least one; and the character at which each token ends, as a
+            running maximum: closing special tokens end with the text. No ends without a fast
+            tokenizer.
+        """
+        tokenizer, fast = self.tokenizer, self.tokenizer.is_fast
+        out = tokenizer(
+            texts,
+            add_special_tokens=isinstance(prompts[0], str),  # a template writes its own
+            return_offsets_mapping=fast,
+            verbose=False,
+        )
+        rows, bos = out["input_ids"], tokenizer.bos_token_id
+        offsets = out["offset_mapping"] if fast else [[] for _ in rows]
+        ends = [[end for _, end in row] for row in offsets]
+        blank = next(i for i in (bos, tokenizer.eos_token_id, self.pad_id) if i is not None)
+        for ids, end in zip(rows, ends, strict=True):
+            if len(ids) > 1 and ids[0] == ids[1] == bos:
+                del ids[0], end[:1]
+            if not ids:
+                ids.append(blank)
+        return rows, [list(accumulate(end, max)) for end in ends]
+
+    @torch.no_grad()
+    def _logits(self, rows: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+        """Run the classifier on token ids, in right-padded batches of similar length.
+
+        Returns:
+            For each row its logits (labels,) and the head's output at each position (T, labels),
+            float32, on the CPU; the latter is empty where the head does not see single positions.
+        """
+        special = set(self.tokenizer.all_special_ids)
+        fitted = []
+        for row in rows:
+            kept = row[:1] if len(row) > self.max_length and row[0] in special else []
+            fitted.append(kept + row[len(kept) :][-self.max_length + len(kept) :])
+        order = sorted(range(len(rows)), key=lambda i: len(fitted[i]))
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        outputs: list[Tensor] = []
+
+        def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
+            outputs.append(output)
+
+        hook = self._head and self._head.register_forward_hook(keep)
+        try:
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                tokens = [torch.tensor(fitted[i]) for i in batch]
+                ids = pad_sequence(tokens, batch_first=True, padding_value=self.pad_id)
+                mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+                device = self.model.device
+                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                pooled = logits.float().cpu()
+                inside = outputs.pop().float().cpu() if outputs else pooled
+                if inside.shape[:-1] != ids.shape:
+                    inside = pooled.new_empty(len(batch), 0, pooled.shape[-1])
+                for i, own, positions in zip(batch, pooled, inside, strict=True):
+                    found[i] = own, positions[: len(fitted[i])]
+        finally:
+            if hook:
+                hook.remove()
+        return [found[i] for i in range(len(rows))]
+
+    def _is_causal(self) -> bool:
+        """Whether the head at each position of a text says what the text cut there would get."""
+        special = {*self.tokenizer.all_special_ids, self.pad_id}
+        vocabulary = range(self.model.get_input_embeddings().num_embeddings)
+        probe = [i for i in vocabulary if i not in special][: min(_PROBE_TOKENS, self.max_length)]
+        cuts = self._logits([probe[: n + 1] for n in range(len(probe))])
+        alone, inside = torch.stack([pooled for pooled, _ in cuts]), cuts[-1][1]
+        tolerance = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        return inside.shape == alone.shape and bool((inside - alone).abs().max() <= tolerance)
+
+    def _score(self, logits: Tensor) -> Tensor:
+        """Turn logits (..., labels) into scores (...)."""
+        if logits.shape[-1] == 1:
+            return logits[..., 0]
+        if self.model.config.problem_type == "multi_label_classification":
+            return logits[..., self.label].sigmoid()
+        return logits.log_softmax(-1)[..., self.label].exp()
+
+
+def _load(loader: Any, name: str, **options: Any) -> Any:
+    """Load from a folder or the hub; never runs code that comes with the model."""
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+        absent = offline and not os.path.isdir(name)
+        why = "not found locally and HF_HUB_OFFLINE=1" if absent else "could not be loaded"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrpoLMError(
+            f"reward model {name!r} {why}: {reason}",
+            hint="give a folder with config.json, model.safetensors, tokenizer.json, or a hub id",
+        ) from error
+
+
+def _label_index(label: str | int | None, config: Any, name: str) -> int:
+    """Return the index of the output to reward."""
+    names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
+    if label is None and len(names) <= 2:
+        positive = [i for i, text in enumerate(names) if text.upper() in ("POSITIVE", "POS")]
+        return (positive or [len(names) - 1])[0]
+    for i, text in enumerate(names):
+        if label == i or (isinstance(label, str) and label.upper() == text.upper()):
+            return i
+    wish = "say which one to reward" if label is None else f"{label!r} is none of them"
+    raise TrpoLMError(
+        f"reward model {name!r} has the labels {', '.join(names)}: {wish}", where="label"
+    )

@@ -1,0 +1,147 @@
+"""Calls of reward functions: here, the asynchronous ones together, or in killable processes.
+
+A function that hangs cannot be stopped from within its own process, so that one with a time limit
+runs in a worker process, which is killed when the time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from trpo_lm.errors import RunFault, TrpoLMError
+
+_START_SECONDS = 120  # a worker process first imports torch and the function's module
+
+
+class RemoteFailure(Exception):
+    """Type and text of an exception in a worker process; its cause holds the traceback."""
+
+
+class Worker:
+    """A process of its own for one function, so that a call that hangs can be killed.
+
+    Started afresh (spawn) rather than forked: the fork of a process with torch's threads may hang.
+    """
+
+    def __init__(self, function: Callable, name: str):
+        context = multiprocessing.get_context("spawn")
+        self.name, self.seconds, self.deadline, self.ready = name, 0.0, 0.0, False
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        try:
+            self.process.start()
+        except Exception as error:
+            raise TrpoLMError(
+                f"reward {name!r} cannot be sent to the worker process of a time limit: {error}",
+                hint="define it at the top level of a module, or leave reward_timeout unset",
+            ) from error
+        finally:
+            theirs.close()
+
+    def ask(self, keywords: dict[str, Any], seconds: float) -> None:
+        """Start a call that may take `seconds`, not counting the start of the process."""
+        if not self.ready:
+            self._receive(_START_SECONDS, "did not start")
+            self.ready = True
+        if "log_metric" in keywords:
+            keywords = {**keywords, "log_metric": None}
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
+        self.pipe.send(keywords)
+
+    def answer(self) -> tuple[Any, dict[str, list[float]]]:
+        """Return what the function returned, or its exception, and its metrics."""
+        late = f"took more than {self.seconds:g} s and was stopped"
+        result, failure, metrics = self._receive(self.deadline - time.monotonic(), late)
+        if failure:
+            result = RemoteFailure(failure[0])
+            result.__cause__ = RuntimeError(failure[1])
+        return result, metrics
+
+    def _receive(self, seconds: float, late: str) -> Any:
+        hint = "in a script, start training under `if __name__ == '__main__':`"
+        try:
+            if self.pipe.poll(max(0.0, seconds)):
+                return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(1)
+            late = f"lost its worker process (exit code {self.process.exitcode})"
+        raise RunFault(f"reward {self.name!r} {late}", hint=None if self.ready else hint)
+
+    def close(self) -> None:
+        """Kill the process and what it started."""
+        if self.process.pid and hasattr(os, "killpg"):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _serve(pipe: Any, function: Callable) -> None:
+    """Answer calls until the other end closes; runs in the worker process."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a group of its own: killed as a whole, and out of reach of Ctrl-C
+    pipe.send("ready")
+    with suppress(EOFError):
+        while True:
+            keywords, metrics, failure = pipe.recv(), {}, None
+            if "log_metric" in keywords:
+                keywords["log_metric"] = functools.partial(collect_metric, metrics)
+            (result,) = call([(function, keywords)])
+            if isinstance(result, BaseException):
+                text = "".join(traceback.format_exception(result))
+                result, failure = None, (f"{type(result).__name__}: {result}", text)
+            pipe.send((result, failure, metrics))
+
+
+def call(calls: list[tuple[Callable, dict[str, Any]]]) -> list[Any]:
+    """Call functions in turn, the asynchronous ones together; exceptions are returned."""
+    results: list[Any] = []
+    for function, keywords in calls:
+        try:
+            results.append(function(**keywords))
+        except Exception as error:
+            results.append(error)
+    waiting = [k for k, result in enumerate(results) if inspect.isawaitable(result)]
+    for k, result in zip(waiting, _await_all([results[k] for k in waiting]), strict=True):
+        results[k] = result
+    return [_on_host(result) for result in results]
+
+
+def _await_all(awaitables: list[Any]) -> list[Any]:
+    """Wait for all of them at once; exceptions are returned."""
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*awaitables, return_exceptions=True)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(gather()) if awaitables else []
+    with ThreadPoolExecutor(1) as pool:  # a notebook's thread already runs a loop
+        return pool.submit(lambda: asyncio.run(gather())).result()
+
+
+def _on_host(value: Any) -> Any:
+    """Replace tensors by arrays and tuples by lists."""
+    if isinstance(value, Tensor):
+        return value.detach().double().cpu().numpy()
+    return [_on_host(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def collect_metric(metrics: dict[str, list[float]], name: str, value: float) -> None:
+    """Keep a value that a function wants logged; handed to it without the first argument."""
+    metrics.setdefault(name, []).append(float(value))
