@@ -9,7 +9,14 @@ import torch
 import trpo_lm.objective
 import trpo_lm.policy
 from trpo_lm.divergences import categorical_kl
-from trpo_lm.fisher import FisherOperator, hessian_operator, softmax_curvature, twice_differentiable
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.fisher import (
+    FiniteDifference,
+    FisherOperator,
+    hessian_operator,
+    softmax_curvature,
+    twice_differentiable,
+)
 from trpo_lm.objective import fisher, head_curvature
 from trpo_lm.parameters import ParameterVector
 
@@ -179,3 +186,83 @@ def test_N08_the_default_attention_has_no_second_derivative_and_the_switch_mends
         FisherOperator(policy.parameters, pieces)(torch.ones(policy.parameters.size))
     product = fisher(policy, batch, tiny.identity, WIDE)(torch.ones(policy.parameters.size))
     assert torch.isfinite(product).all()
+
+
+# ---- finite differences ----
+
+
+class Kernel(torch.autograd.Function):
+    """A tanh as hand-written kernels are: its backward pass is not differentiable.
+
+    Nothing raises: autograd leaves the path out, also where `once_differentiable` marks it.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        slope = (1 - y * y).detach()
+        return grad.detach() * slope
+
+
+class MarkedKernel(Kernel):
+    backward = staticmethod(torch.autograd.function.once_differentiable(Kernel.backward))
+
+
+class Activation(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def with_activation(function):
+    model = tiny.build()
+    for block in model.transformer.h:
+        block.mlp.act = Activation(function)
+    return tiny.policy(model=model, spread=0.3)
+
+
+@pytest.mark.parametrize("kernel", [Kernel, MarkedKernel])
+def test_kernels_without_second_derivative_get_their_products_as_finite_differences(kernel, caplog):
+    plain, policy = with_activation(torch.tanh), with_activation(kernel.apply)
+    assert plain.lacks_second_derivative is None
+    assert [r.getMessage().count("finite differences") for r in caplog.records] == [1]
+    batch, same = tiny.batch(plain), tiny.batch(policy)
+    exact = fisher(plain, batch, tiny.identity, WIDE)
+    near = fisher(policy, same, tiny.identity, WIDE)
+    assert isinstance(exact, FisherOperator) and isinstance(near, FiniteDifference)
+    before = policy.parameters.checksum()
+    for seed, length in ((0, 1.0), (1, 1e-4), (2, 1e3)):
+        noise = torch.Generator().manual_seed(seed)
+        v = length * torch.randn(policy.parameters.size, generator=noise)
+        assert relative(near(v), exact(v)) < 0.002
+    assert policy.parameters.checksum() == before
+    assert near.products == 3
+    assert not near(torch.zeros_like(v)).any()
+
+
+def test_a_direction_without_curvature_has_a_finite_product_of_zero():
+    policy = with_activation(MarkedKernel.apply)
+    theta = policy.parameters
+    for p in theta.tensors[1::2]:
+        p.data.zero_()  # LoRA's B
+    F = fisher(policy, tiny.batch(policy), tiny.identity, WIDE)
+    null = theta.flatten([torch.ones_like(p) * (i % 2 == 0) for i, p in enumerate(theta.tensors)])
+    assert torch.equal(F(null), torch.zeros_like(null))
+    assert torch.isfinite(F(torch.ones_like(null))).all()
+
+
+def test_finite_differences_are_refused_in_half_precision():
+    policy = tiny.policy(model=tiny.build(dtype=torch.bfloat16))
+    policy.lacks_second_derivative = "as a kernel says that has none"
+    with pytest.raises(TrpoLMError, match="half-precision") as error:
+        fisher(policy, tiny.batch(policy), tiny.identity, WIDE)
+    assert "bf16=False" in str(error.value)

@@ -13,7 +13,8 @@ PACKAGE = Path(trpo_lm.__file__).parent
 LAYERS = (
     ("errors", "config", "divergences", "advantages", "parameters", "conjugate_gradient",
      "trust_region", "line_search", "steering", "seeds"),
-    ("policy", "critic", "rewards", "mdp", "prompts", "fisher", "objective"),
+    ("fisher", "policy", "critic", "reward_models", "reward_workers", "rewards", "mdp", "prompts",
+     "objective"),
     ("trpo", "ppo"),
 )  # fmt: skip
 ORDER = [name for names in LAYERS for name in names]

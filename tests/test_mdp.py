@@ -8,6 +8,7 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
+import trpo_lm.mdp
 from trpo_lm.divergences import token_logprobs
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.mdp import encode_prompt, end_token_ids, ignored_sampling, measure
@@ -149,8 +150,8 @@ def test_T16_one_token_at_most(policy):
         tiny.mdp(length=0)
 
 
-def test_masks_come_from_lengths_though_pad_is_eos_and_eos_is_sampled(policy):
-    """T04: the pad token of a tokenizer without one is EOS; nothing else changes."""
+def test_T04_masks_come_from_lengths_though_pad_is_eos_and_eos_is_sampled(policy):
+    """The pad token of a tokenizer without one is EOS; nothing else changes."""
     reward = lambda completion_ids: [float(ids[0]) for ids in completion_ids]  # noqa: E731
     with_pad = tiny.mdp(reward, length=6)
     without = tiny.mdp(reward, length=6, tok=tiny.tokenizer(pad=False))
@@ -226,6 +227,24 @@ def test_T07_mixed_lengths_in_one_batch_equal_one_by_one(kind):
         again = measure(policy, rollout, micro_batch_size=size)
         assert float((again.old_logprobs - alone).abs().max()) <= 1e-5
         assert float((again.ref_kl - batch.ref_kl).abs().max()) <= 1e-5
+
+
+def test_without_a_size_micro_batches_are_what_memory_allows_and_change_no_number(monkeypatch):
+    policy = tiny.policy(dtype=torch.float64, spread=0.3)
+    batch = tiny.batch(policy, each=3, micro_batch_size=64)
+    rollout = batch.rollout
+    assert measure(policy, rollout).micro_batch_size == 64
+    longest = rollout.attention_mask.sum(-1).argmax()[None]
+    one = policy.graph_bytes(*rollout.model_inputs(longest))
+    pair = policy.graph_bytes(*rollout.model_inputs(longest.repeat(2)))
+    assert 1.6 * one < pair < 2.1 * one  # masks and angles are shared
+    weights = sum(p.nbytes for p in policy.model.parameters())
+    for fits, size in ((0, 1), (1, 1), (5, 4), (1000, 64)):
+        monkeypatch.setattr(trpo_lm.mdp, "memory", lambda _, n=fits: weights + 8 * n * one)
+        again = measure(policy, rollout)
+        assert again.micro_batch_size == size
+        torch.testing.assert_close(again.old_logprobs, batch.old_logprobs, rtol=0, atol=1e-9)
+        torch.testing.assert_close(again.ref_kl, batch.ref_kl, rtol=0, atol=1e-9)
 
 
 def test_flat_order_and_token_index(policy):

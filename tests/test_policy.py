@@ -281,6 +281,16 @@ def test_K09_a_nan_weight_is_refused_at_the_start():
         tiny.policy(model=model)
 
 
+@pytest.mark.parametrize("parts", ["offloaded", "partly offloaded"])
+def test_a_model_that_does_not_lie_whole_on_one_device_is_refused(parts):
+    model = tiny.build("llama")
+    for layer in model.modules() if parts == "offloaded" else [model.model.layers[1]]:
+        layer.to("meta")  # where accelerate's offloading to cpu or disk leaves weights
+    with pytest.raises(TrpoLMError, match=r"the model's weights lie on .*meta") as error:
+        tiny.policy(model=model)
+    assert error.value.where == "device_map" and "8 bits" in error.value.hint
+
+
 def test_N09_reentrant_checkpointing_is_refused_with_a_hint():
     model = tiny.build("llama")
     model.gradient_checkpointing_enable({"use_reentrant": True})

@@ -49,7 +49,11 @@ def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
     Returns:
         KL in nats, shape (...); +inf where q is zero and p is not. Differentiable in both.
     """
-    p, gap = old.exp(), old - new
+    gap = old - new
+    low, high = gap.detach().aminmax()
+    if low > -80.0 and high < 80.0:  # q - p = p expm1(log q - log p) does not overflow
+        return torch.linalg.vecdot(old.exp(), gap + torch.expm1(-gap))
+    p = old.exp()
     if old.amin() == -torch.inf:  # 0 log 0 = 0, also where q is zero as well
         gap = torch.where(old == -torch.inf, 2.0, old.masked_fill(old == -torch.inf, 0.0) - new)
     near = gap.clamp(-1.0, 1.0)  # farther apart nothing cancels, and expm1 may overflow

@@ -10,6 +10,7 @@ together. Masks come from lengths, never from token values: the pad token may we
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -27,6 +28,7 @@ from trpo_lm.seeds import global_seed
 
 Prompt = str | list[dict[str, str]]
 
+MOST_ROWS = 64  # completions per forward pass where memory allows
 GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
 
 # What transformers would otherwise inherit from the model's own generation_config: the sampler must
@@ -225,13 +227,39 @@ class TokenMDP:
         repeated = [prompts[i] for i in order]
         values = {k: [v[i] for i in order] for k, v in (columns or {}).items()}
         encoded = [encode_prompt(self.tokenizer, p) for p in prompts]
-        ids, mask = self._left_pad([encoded[i] for i in order])
+        ids, mask = self.left_pad([encoded[i] for i in order])
         sampled = torch.cat(
             [
                 self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start))
                 for part in _slices(len(ids), GENERATE_ROWS)
             ]
         )
+        return self.scored(repeated, ids, mask, sampled, groups, values, trainer_state)
+
+    def scored(
+        self,
+        prompts: list[Prompt],
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampled: Tensor,
+        groups: Tensor,
+        columns: dict[str, list],
+        trainer_state: Any = None,
+    ) -> Rollout:
+        """Return the rollout that N sampled completions are, with their scores.
+
+        Args:
+            prompts: Of each completion, (N,).
+            prompt_ids: Their tokens, left-padded, (N, P), from `left_pad`.
+            prompt_mask: 1 at real tokens, (N, P).
+            sampled: Tokens of the completions, (N, max_completion_length); anything after EOS.
+            groups: Index of the prompt of each completion, (N,).
+            columns: Further dataset columns, N values each.
+            trainer_state: Passed on to reward functions that ask for it.
+
+        Raises:
+            RunFault: If a reward function fails.
+        """
         lengths, truncated = self._lengths(sampled)
         T = self.max_completion_length  # on every rank, however long its completions are
         action_mask = torch.arange(T)[None] < lengths[:, None]
@@ -239,14 +267,14 @@ class TokenMDP:
         completion_ids = [row[:n].tolist() for row, n in zip(sampled, lengths, strict=True)]
         completions = [self.text(row) for row in completion_ids]
         start = perf_counter()
-        scores = self.rewards(repeated, completions, completion_ids, values, trainer_state)
+        scores = self.rewards(prompts, completions, completion_ids, columns, trainer_state)
         return Rollout(
-            prompts=repeated,
+            prompts=prompts,
             completions=completions,
-            columns=values,
+            columns=columns,
             groups=groups,
-            input_ids=torch.cat([ids, sampled], dim=1),
-            attention_mask=torch.cat([mask, action_mask.to(mask.dtype)], dim=1),
+            input_ids=torch.cat([prompt_ids, sampled], dim=1),
+            attention_mask=torch.cat([prompt_mask, action_mask.to(prompt_mask.dtype)], dim=1),
             action_mask=action_mask,
             truncated=truncated,
             rewards=_token_rewards(scores, lengths, T),
@@ -266,7 +294,8 @@ class TokenMDP:
         flat = [score for row in told for score in row]
         return rollout.padded(torch.tensor(flat, dtype=torch.float64))
 
-    def _left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Return the ids of prompts and their mask, (N, P), padded on the left."""
         P = max(map(len, prompts))
         ids = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
         mask = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
@@ -307,7 +336,8 @@ class TokenMDP:
 
 class _FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if torch.isnan(scores).any() or (scores == torch.inf).any():
+        whole = scores.sum()  # one pass: nan and +inf survive a sum, and -inf is a legal logit
+        if torch.isnan(whole) or whole == torch.inf:
             raise RunFault(
                 "non-finite logits at layer output", where="generation",
                 hint="a weight of the model is nan or infinite, or its dtype overflows",
@@ -412,8 +442,15 @@ class Batch:
 
 
 @torch.no_grad()
-def measure(policy: Policy, rollout: Rollout, *, micro_batch_size: int) -> Batch:
-    """Run old policy and reference over a rollout; values and advantages are still zero."""
+def measure(policy: Policy, rollout: Rollout, *, micro_batch_size: int | None = None) -> Batch:
+    """Run old policy and reference over a rollout; values and advantages are still zero.
+
+    Args:
+        policy: At theta_old.
+        rollout: Sampled from it.
+        micro_batch_size: Completions per forward pass; None: `affordable_rows`.
+    """
+    micro_batch_size = micro_batch_size or affordable_rows(policy, rollout)
     old = all_features(policy, rollout, micro_batch_size)[1]
     with policy.reference():
         hidden, ref = all_features(policy, rollout, micro_batch_size)
@@ -445,6 +482,27 @@ def measure(policy: Policy, rollout: Rollout, *, micro_batch_size: int) -> Batch
         advantages=torch.zeros_like(logprobs),
         micro_batch_size=micro_batch_size,
     )
+
+
+def affordable_rows(policy: Policy, rollout: Rollout) -> int:
+    """Return how many completions a forward pass may take: 64, or fewer where memory is short.
+
+    A graph over that many may fill an eighth of the memory that the weights leave, judged by what
+    the longest completion's graph holds. All memory counts, not what is free just now: the size,
+    and with it the rounding, must not depend on what else runs.
+    """
+    longest = rollout.attention_mask.sum(-1).argmax()[None]
+    weights = sum(p.nbytes for p in policy.model.parameters())
+    each = policy.graph_bytes(*rollout.model_inputs(longest))
+    rows = (memory(policy.device) - weights) // 8 // each
+    return min(MOST_ROWS, 1 << max(rows, 1).bit_length() - 1)
+
+
+def memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @torch.no_grad()

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from trpo_lm.divergences import categorical_kl, token_logprobs
-from trpo_lm.fisher import FisherOperator, softmax_curvature, twice_differentiable
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.fisher import (
+    FiniteDifference,
+    FisherOperator,
+    softmax_curvature,
+    twice_differentiable,
+)
 from trpo_lm.mdp import Batch
 from trpo_lm.policy import Policy
 
@@ -67,8 +73,9 @@ def gradients(
                 surrogate = ((logprob - old[s]).exp() * A[s]).sum()
                 if not reference:
                     return [surrogate]
-                kl_t = categorical_kl(old=logprobs, new=policy.logprobs(ref[s]))
-                return [surrogate, (kl_t + logprob * d[s]).sum()]
+                p, gap = logprobs.detach().exp(), logprobs.detach() - policy.logprobs(ref[s])
+                slope = torch.where(p > 0, p * gap, 0.0)  # of KL_t by log pi; `+ p` moves nothing
+                return [surrogate, (slope * logprobs).sum() + (logprob * d[s]).sum()]
 
             for_g, *for_b = policy.cotangents(features, sums)
             g[half] += theta.gradient(features, cotangent=for_g, retain=bool(for_b))
@@ -119,19 +126,57 @@ def noise(sums: Tensor, N: float) -> Noise:
     )
 
 
-def fisher(policy: Policy, batch: Batch, reduce: Reduce, completions: int) -> FisherOperator:
-    """Return F over the tokens of whole completions, an even share of the batch."""
-    r = batch.rollout
+def fisher(
+    policy: Policy, batch: Batch, reduce: Reduce, completions: int
+) -> FisherOperator | FiniteDifference:
+    """Return F over the tokens of whole completions, an even share of the batch.
+
+    Raises:
+        TrpoLMError: If the model has no second derivative and computes in half precision, where
+            finite differences are noise.
+    """
+    r, theta = batch.rollout, policy.parameters
     everyone = float(reduce(torch.tensor(float(len(r)), dtype=torch.float64)))
     share = max(1, min(len(r), math.ceil(completions * len(r) / everyone)))
     rows = torch.linspace(0, len(r) - 1, share).round().long().unique()
+    count = float(reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
+    parts = [r.model_inputs(part) for part, _ in batch.micro_batches(rows)]
+    if policy.lacks_second_derivative is not None:
+        return _finite_difference(policy, parts, count, reduce)
     pieces = []
     with twice_differentiable():
-        for part, _ in batch.micro_batches(rows):
-            features = policy.features(*r.model_inputs(part), recompute=False)
+        for inputs in parts:
+            features = policy.features(*inputs, recompute=False)
             pieces.append((features, head_curvature(policy, features.detach())))
-        count = float(reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
-        return FisherOperator(policy.parameters, pieces, count=count, reduce=reduce)
+        return FisherOperator(theta, pieces, count=count, reduce=reduce)
+
+
+def _finite_difference(
+    policy: Policy, parts: list[tuple[Tensor, Tensor, Tensor]], count: float, reduce: Reduce
+) -> FiniteDifference:
+    """Return F from grad D on some micro-batches, policy at theta_old."""
+    theta = policy.parameters
+    old = [policy.features(*inputs).detach() for inputs in parts]  # as `slope` runs them
+    if any(h.dtype in (torch.bfloat16, torch.float16) for h in old):
+        raise TrpoLMError(
+            f"Fisher products need second derivatives ({policy.lacks_second_derivative}); finite "
+            "differences of half-precision gradients are noise",
+            where=f"model {policy.name}", hint="load the model in float32 (bf16=False)",
+        )  # fmt: skip
+
+    def slope() -> Tensor:
+        total = theta.flatten([None] * len(theta.tensors))
+        for inputs, before in zip(parts, old, strict=True):
+            features = policy.features(*inputs)
+
+            def D(new: Tensor, s: slice, before: Tensor = before) -> list[Tensor]:
+                return [categorical_kl(old=policy.logprobs(before[s]), new=new).sum()]
+
+            (cotangent,) = policy.cotangents(features, D)
+            total += theta.gradient(features, cotangent=cotangent)
+        return total
+
+    return FiniteDifference(theta, slope, count=count, reduce=reduce)
 
 
 def head_curvature(policy: Policy, features: Tensor) -> Product:

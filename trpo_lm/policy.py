@@ -16,6 +16,7 @@ Dropout is off in every pass: the model is in eval mode from construction on.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -33,8 +41,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trpo_lm.divergences import log_softmax
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.fisher import lacks_second_derivative
 from trpo_lm.parameters import ParameterVector
 from trpo_lm.seeds import global_seed
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 21  # numbers in one [tokens, V] chunk: 8 MB in float32, near the cache
 
@@ -74,8 +85,10 @@ class Policy:
     ):
         self.name = model if isinstance(model, str) else model.config.name_or_path or "model"
         loaded = load_model(model, bf16=bf16) if isinstance(model, str) else model
+        refuse_parts(loaded)
         if device is not None:
             loaded = loaded.to(device)  # type: ignore[arg-type]
+        self.came_with_adapter = isinstance(loaded, PeftModel)
         self.model = self._with_adapter(loaded, peft_config, seed)
         self.base: Any = self.model.get_base_model()
         self.temperature = temperature
@@ -98,6 +111,7 @@ class Policy:
         self._reference = self.parameters.snapshot()
         self._transformer = self.base.base_model
         self.head = self._linear_head()
+        self.lacks_second_derivative = self._second_derivative_missing()
 
     @property
     def device(self) -> torch.device:
@@ -124,12 +138,6 @@ class Policy:
             yield
         finally:
             self.parameters.restore(theta)
-
-    def displacement(self) -> Tensor:
-        """Return theta - theta_ref, (M,)."""
-        return self.parameters.flatten(
-            [p.detach() - q for p, q in zip(self.parameters.tensors, self._reference, strict=True)]
-        )
 
     def hidden_and_features(
         self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor
@@ -177,6 +185,22 @@ class Policy:
             return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
         finally:
             self._recompute = False
+
+    def graph_bytes(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> int:
+        """Return the memory that the graph of `features` holds, weights not counted."""
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        held: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.enable_grad(), hooks:
+            _ = self.features(input_ids, attention_mask, state_mask)
+        return sum(held.values())
 
     def logprobs(self, features: Tensor) -> Tensor:
         """Return log pi(.|s) for features (n, D): (n, V) in float32. The one place temperature is.
@@ -234,6 +258,24 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write adapter_model.safetensors and adapter_config.json, loadable by peft alone."""
         self.model.save_pretrained(str(folder), safe_serialization=True)
+
+    def load(self, tensors: dict[str, Tensor], *, where: str) -> None:
+        """Take over what `save` wrote; the reference stays what it is.
+
+        Args:
+            tensors: Content of adapter_model.safetensors.
+            where: Its place, for the error.
+
+        Raises:
+            TrpoLMError: If these are not exactly this adapter's tensors.
+        """
+        name = str(self.model.active_adapter)
+        try:
+            if tensors.keys() != get_peft_model_state_dict(self.model, adapter_name=name).keys():
+                raise KeyError("other tensors")
+            set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+        except (KeyError, RuntimeError) as error:
+            raise TrpoLMError("the saved adapter does not fit the model", where=where) from error
 
     def _with_adapter(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, seed: int
@@ -300,6 +342,17 @@ class Policy:
                     "gradient_checkpointing_enable({'use_reentrant': False})",
                 )
 
+    def _second_derivative_missing(self) -> str | None:
+        """Find out on a probe why there is no second derivative; None where there is one."""
+        ids = torch.arange(8, device=self.device)[None] % self.vocabulary_size
+        probe = (ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
+        reason = lacks_second_derivative(
+            lambda: self.features(*probe, recompute=False), self.parameters
+        )
+        if reason is not None:
+            logger.warning("Fisher products will be finite differences: %s", reason)
+        return reason
+
     @torch.no_grad()
     def _linear_head(self) -> torch.nn.Linear | None:
         """Return the output layer if logits == head(hidden) on a probe and it is frozen."""
@@ -316,6 +369,23 @@ class Policy:
                 hint="a weight of the model is nan or infinite, or its dtype overflows",
             )  # fmt: skip
         return head if torch.allclose(own, pushed, rtol=1e-5, atol=1e-5) else None
+
+
+def refuse_parts(model: torch.nn.Module) -> None:
+    """Raise if a model does not lie whole on one device.
+
+    Raises:
+        TrpoLMError: If weights are offloaded (then they are on "meta") or spread over devices:
+            adapters are one vector, on one device, and offloaded layers have none to add to.
+    """
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise TrpoLMError(
+            f"the model's weights lie on {', '.join(sorted(devices))}",
+            where="device_map",
+            hint="load it whole onto one device; weights of 8 bits (torchao, quanto) take a "
+            "quarter of float32's memory, and their adapters train as usual",
+        )
 
 
 def load_model(name: str, *, bf16: bool = False) -> PreTrainedModel | PeftModel:

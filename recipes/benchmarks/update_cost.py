@@ -1,0 +1,418 @@
+"""What an update costs: seconds, passes and memory of TRPO's and PPO's, on one made-up batch.
+
+    python recipes/benchmarks/update_cost.py --sizes film six --model path/to/lm
+    python recipes/benchmarks/update_cost.py --scaling
+
+The policy stands at its budget, so that both distances are active, and every variant starts from
+the same parameters. Seconds are CPU seconds of one thread, alternating over variants: other work on
+the machine costs wall time, not these; compare them within one run only. Memory is the growth of
+the high-water mark of resident memory, one process for each variant: what an update takes beyond
+the model and the batch. Completions are random tokens; no cost depends on what they say.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+import trpo_lm.trpo
+from trpo_lm.divergences import categorical_kl
+from trpo_lm.fisher import FisherOperator, hessian_operator, twice_differentiable
+from trpo_lm.mdp import Rollout, all_features, measure
+from trpo_lm.objective import fisher, gradients, measure_at
+from trpo_lm.parameters import ParameterVector
+from trpo_lm.policy import Policy
+from trpo_lm.ppo import PPO
+from trpo_lm.rewards import RewardBatch
+from trpo_lm.seeds import generator
+from trpo_lm.trpo import TRPO
+
+HERE = Path(__file__).resolve().parent
+FIGURES = HERE.parent / "figures"
+EMBEDDED = HERE.parent.parent / "data" / "lm"
+PROMPT, LENGTH, FISHER = 6, 24, 64
+COMPLETIONS = {"film": 512, "six": 512, "small": 64, "qwen": 16}
+PHASES = {"gradients": "g and b", "fisher": "Fisher graph", "measure_at": "line search"}
+PEAKS = ("trpo", "ppo", "gradients", "fisher graph and product", "measure_at")
+
+
+def build(size: str, model: str):
+    """Return the causal LM of a size: a path, or random weights."""
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if size == "film":
+        return model
+    if size == "qwen":
+        config = Qwen2Config(
+            vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, **ends,
+        )  # fmt: skip
+        return Qwen2ForCausalLM(config)
+    if size == "small":
+        return GPT2LMHeadModel(GPT2Config(**ends))
+    layers, width, vocabulary = (6, 384, 8192) if size == "six" else (2, int(size), 2048)
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=layers, n_embd=width, n_head=width // 32, vocab_size=vocabulary, **ends)
+    )
+
+
+def setting(size: str, model: str, completions: int, length: int, micro_batch_size: int):
+    """Return a policy away from its reference and a measured batch of random completions."""
+    policy, noise = Policy(build(size, model)), generator(0, size)
+    with torch.no_grad():
+        for p in policy.parameters.tensors:
+            p += 0.02 * torch.randn(p.shape, generator=noise)
+    V, shape = policy.vocabulary_size, (completions, PROMPT + length)
+    lengths = torch.randint(length // 2, length + 1, (completions,), generator=noise)
+    action_mask = torch.arange(length)[None] < lengths[:, None]
+    mask = torch.cat([torch.ones(completions, PROMPT).long(), action_mask.long()], dim=1)
+    rollout = Rollout(
+        prompts=[""] * completions,
+        completions=[""] * completions,
+        columns={},
+        groups=torch.arange(completions),
+        input_ids=torch.randint(3, V, shape, generator=noise) * mask,
+        attention_mask=mask,
+        action_mask=action_mask,
+        truncated=torch.zeros(completions, dtype=torch.bool),
+        rewards=torch.zeros(action_mask.shape, dtype=torch.float64),
+        scores=RewardBatch(
+            score=torch.zeros(completions),
+            valid=torch.ones(completions, dtype=torch.bool),
+            terminal=torch.zeros(completions),
+            token_rewards=None,
+            columns={},
+            logged={},
+        ),
+        score_seconds=0.0,
+    )
+    batch = measure(policy, rollout, micro_batch_size=micro_batch_size)
+    batch.advantages = torch.randn(len(batch.actions), generator=noise)
+    return policy, batch
+
+
+def alone(tensor):
+    """Sum over one process."""
+    return tensor
+
+
+def updates(policy, batch) -> dict:
+    """Return one TRPO update with both distances active and one PPO update, undone after."""
+    theta, N = policy.parameters, len(batch.rollout)
+    start = theta.snapshot()
+    rules = {
+        "trpo": TRPO(max_ref_kl=float(batch.ref_kl.sum()) / N, fisher_completions=FISHER),
+        "ppo": PPO(learning_rate=1e-5, epochs=4, minibatches=4),
+    }
+
+    def run(rule):
+        row = rule.update(policy, batch, alone, rule.init_state(policy), (0,))
+        theta.restore(start)
+        return row
+
+    return {name: lambda rule=rule: run(rule) for name, rule in rules.items()}
+
+
+def subset(policy, batch):
+    """Return the first FISHER completions of a batch as a batch."""
+    r = batch.rollout
+    rows = torch.arange(min(FISHER, len(r)))
+    names = ("groups", "input_ids", "attention_mask", "action_mask", "truncated", "rewards")
+    fields = vars(r) | {name: getattr(r, name)[rows] for name in names}
+    fields |= {"prompts": [""] * len(rows), "completions": [""] * len(rows)}
+    few = measure(policy, Rollout(**fields), micro_batch_size=batch.micro_batch_size)
+    few.advantages = batch.advantages[r.token_index(rows)]
+    return few
+
+
+def pieces(policy, few) -> dict:
+    """Return the parts of an update on the same completions, to be compared with one another."""
+    rows = torch.arange(len(few.rollout))
+    N, theta = float(len(rows)), policy.parameters
+    F = fisher(policy, few, alone, len(rows))
+    v = torch.randn(len(theta), generator=generator(1))
+
+    def divergence():
+        with twice_differentiable():
+            features = policy.features(*few.rollout.model_inputs(rows), recompute=False)
+        new = policy.logprobs(features)
+        return categorical_kl(old=new.detach(), new=new).sum() / N
+
+    out = {
+        "forward": lambda: all_features(policy, few.rollout, few.micro_batch_size),
+        "forward+backward of L": lambda: gradients(policy, few, alone, N, reference=False),
+        "product": lambda: F(v),
+    }
+    if policy.vocabulary_size * len(few.actions) < 2e7:  # all of [tokens, V] in one graph
+        H = hessian_operator(theta, divergence())
+        out["product, double backward"] = lambda: H(v)
+        out["product, graph built anew"] = lambda: hessian_operator(theta, divergence())(v)
+    return out
+
+
+def differences(policy, few, pieces: dict) -> dict:
+    """Return a product by finite differences beside the forward+backward.
+
+    Apart from the other pieces: it moves the parameters, and graphs to them are void after that.
+    """
+    policy.lacks_second_derivative = "measured here"
+    F = fisher(policy, few, alone, FISHER)
+    policy.lacks_second_derivative = None
+    v = torch.randn(len(policy.parameters), generator=generator(1))
+    name = "forward+backward of L"
+    return {name: pieces[name], "product, finite difference": lambda: F(v)}
+
+
+def alternate(works: dict, repeats: int) -> dict[str, list[float]]:
+    """Time each work `repeats` times in turn, after one round that is not counted."""
+    seconds = {name: [] for name in works}
+    for i in range(repeats + 1):
+        for name, work in works.items():
+            start = time.process_time()
+            work()
+            if i:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+class Meter:
+    """CPU seconds of each phase of a TRPO update, and completions through the model by purpose."""
+
+    def __init__(self):
+        self.phase, self.rows = "rest", 0
+        self.seconds, self.forward, self.backward = Counter(), Counter(), Counter()
+
+    @contextmanager
+    def watching(self):
+        """Count inside the block."""
+        with ExitStack() as stack:
+            for name, phase in PHASES.items():
+                stack.enter_context(self._replaced(trpo_lm.trpo, name, phase))
+            stack.enter_context(self._replaced(FisherOperator, "__call__", "products"))
+            passes, gradient = Policy.hidden_and_features, ParameterVector.gradient
+
+            def forward(policy, ids, *rest):
+                self.rows = len(ids)
+                self.forward[self.phase] += self.rows
+                return passes(policy, ids, *rest)
+
+            def backward(theta, *args, **options):
+                self.backward[self.phase] += self.rows
+                return gradient(theta, *args, **options)
+
+            stack.enter_context(patch.object(Policy, "hidden_and_features", forward))
+            stack.enter_context(patch.object(ParameterVector, "gradient", backward))
+            yield
+
+    def _replaced(self, owner, name, phase):
+        work = getattr(owner, name)
+
+        def timed(*args, **options):
+            outer, self.phase, start = self.phase, phase, time.process_time()
+            try:
+                return work(*args, **options)
+            finally:
+                self.seconds[phase] += time.process_time() - start
+                self.phase = outer
+
+        return patch.object(owner, name, timed)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return the quartiles of at least two numbers, three of them."""
+    return [round(q, 4) for q in statistics.quantiles(values, n=4)]
+
+
+def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, list[float]]:
+    """Return the quartiles of each work's time over that of `to` in the same round."""
+    return {
+        name: quartiles([a / b for a, b in zip(values, seconds[to], strict=True)])
+        for name, values in seconds.items()
+    }
+
+
+def outside_tensor_work(work) -> float:
+    """Return the share of a work's time that no tensor operation accounts for, from above.
+
+    The profiler's own time counts as outside.
+    """
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.profiler.profile(activities=cpu) as found,
+        torch.profiler.record_function("all of it"),
+    ):
+        work()
+    events = {e.key: e for e in found.key_averages()}
+    whole = events.pop("all of it")
+    return whole.self_cpu_time_total / whole.cpu_time_total
+
+
+def rollout_speed(policy, repeats: int) -> dict[str, list[float]]:
+    """Return tokens per CPU second of ways to sample, and of one forward pass over as many."""
+    rows, length = 64, LENGTH
+    ids = torch.randint(3, policy.vocabulary_size, (rows, PROMPT), generator=generator(2))
+    whole = torch.randint(3, policy.vocabulary_size, (rows, PROMPT + length))
+    sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "eos_token_id": None}
+
+    @torch.no_grad()
+    def sample(**options):
+        mask = torch.ones_like(ids)
+        settings = sampling | {"pad_token_id": 0} | options
+        policy.base.generate(input_ids=ids, attention_mask=mask, **settings)
+
+    def merged():
+        with torch.no_grad():
+            policy.model.merge_adapter()
+            sample()
+            policy.model.unmerge_adapter()
+
+    def bound():
+        with torch.no_grad():
+            policy.base(input_ids=whole, use_cache=False)
+
+    start = policy.parameters.snapshot()
+    weights = [p.detach().clone() for p in policy.base.parameters()]
+    ways = {
+        "generate": sample,
+        "generate, static cache": lambda: sample(cache_implementation="static"),
+        "generate, adapters merged": merged,
+        "one forward pass": bound,
+    }
+    seconds = alternate(ways, repeats)
+    for p, was in zip(policy.base.parameters(), weights, strict=True):
+        p.data.copy_(was)  # merging rounds
+    policy.parameters.restore(start)
+    return {
+        name: quartiles([rows * length / s for s in values]) for name, values in seconds.items()
+    }
+
+
+def report(size: str, args) -> dict:
+    """Measure one size."""
+    N = args.completions or COMPLETIONS[size]
+    policy, batch = setting(size, args.model, N, LENGTH, args.micro_batch_size)
+    out = {"completions": N, "tokens": len(batch.actions), "trainable": len(policy.parameters)}
+    few = subset(policy, batch)
+    parts = pieces(policy, few)
+    of_pieces = ratios(alternate(parts, args.repeats), "forward+backward of L")
+    parts = differences(policy, few, parts)
+    of_pieces |= ratios(alternate(parts, args.repeats), "forward+backward of L")
+    out["over forward+backward of L"] = of_pieces
+    works, meter = updates(policy, batch), Meter()
+    with meter.watching():
+        row = works["trpo"]()
+    out["case"], out["trials"] = row["trust_region/case"], row["line_search/trials"]
+    out["cg iterations"] = row["cg/iterations"]
+    out["completions forward"], out["completions backward"] = meter.forward, meter.backward
+    seconds = alternate(works, args.repeats)
+    out["over ppo"] = ratios(seconds, "ppo")["trpo"]
+    total = statistics.median(seconds["trpo"])
+    meter.seconds["rest"] = max(0.0, total - sum(meter.seconds.values()))
+    out["share of trpo"] = {k: round(v / total, 3) for k, v in meter.seconds.items()}
+    if size == "six":
+        out["outside tensor work"] = round(outside_tensor_work(works["trpo"]), 4)
+    out["rollout, tokens per CPU second"] = rollout_speed(policy, args.repeats)
+    out["peak MiB"] = {
+        name: peak(size, name, args, N, LENGTH) for name in ("trpo", "ppo", "measure_at")
+    }
+    return out
+
+
+def peak(size: str, name: str, args, completions: int, length: int) -> float:
+    """Return the growth of resident memory during a work, MiB, in a process of its own."""
+    command = [
+        sys.executable, __file__, "--peak", name, "--sizes", size, "--model", str(args.model),
+        "--completions", str(completions), "--length", str(length),
+        "--micro_batch_size", str(args.micro_batch_size),
+    ]  # fmt: skip
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peak_here(size: str, name: str, args) -> float:
+    """Do a work once and return how far resident memory rose above where it stood, MiB."""
+    policy, batch = setting(size, args.model, args.completions, args.length, args.micro_batch_size)
+    N, v = float(args.completions), torch.ones(len(policy.parameters))
+    works = updates(policy, batch) | {
+        "gradients": lambda: gradients(policy, batch, alone, N, reference=True),
+        "fisher graph and product": lambda: fisher(policy, batch, alone, FISHER)(v),
+        "measure_at": lambda: measure_at(policy, batch, alone, N),
+    }
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident("VmRSS")
+    works[name]()
+    return round((_resident("VmHWM") - before) / 1024, 1)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def scaling(args):
+    """Time a TRPO update over completions, length and width; a CSV and a picture of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes = {"completions": (64, 128, 256), "length": (8, 16, 32), "width": (64, 128, 256)}
+    rows = []
+    for axis, values in axes.items():
+        for value in values:
+            at = {"completions": 64, "length": 16, "width": 64} | {axis: value}
+            policy, batch = setting(
+                str(at["width"]), "", at["completions"], at["length"], args.micro_batch_size
+            )
+            times = alternate({"trpo": updates(policy, batch)["trpo"]}, args.repeats)["trpo"]
+            rows.append({"axis": axis, "value": value, "seconds": statistics.median(times)})
+    with (FIGURES / "update_cost.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["axis", "value", "seconds"])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, panels = pyplot.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    for panel, axis in zip(panels, axes, strict=True):
+        points = [(row["value"], row["seconds"]) for row in rows if row["axis"] == axis]
+        x, y = zip(*points, strict=True)
+        panel.plot(x, y, "o-", label="measured")
+        panel.plot(x, [y[0] * value / x[0] for value in x], "k:", label="linear")
+        panel.set(xlabel=axis, ylabel="CPU seconds of an update", xlim=0, ylim=0)
+    panels[0].legend()
+    figure.savefig(FIGURES / "update_cost.png", dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--sizes", nargs="+", default=["film", "six"], help="of " + str(COMPLETIONS)
+    )
+    parser.add_argument("--model", default=str(EMBEDDED), help="the LM of size 'film'")
+    parser.add_argument("--completions", type=int, help="in the batch")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a completion")
+    parser.add_argument("--micro_batch_size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", default="update_cost.json", help="file for all figures")
+    parser.add_argument("--scaling", action="store_true", help="the picture instead")
+    parser.add_argument("--peak", choices=PEAKS, help="print the memory of one work, MiB")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.scaling:
+        scaling(args)
+    elif args.peak:
+        print(peak_here(args.sizes[0], args.peak, args))
+    else:
+        found = {size: report(size, args) for size in args.sizes}
+        Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
