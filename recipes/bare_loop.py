@@ -6,6 +6,8 @@ What `Trainer` adds: checkpoints, several processes, evaluation, files, a screen
 add: anything to the mathematics.
 """
 
+print("loading torch and transformers ...", flush=True)
+
 import json
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from trpo_lm.line_search import backtrack
 from trpo_lm.mdp import TokenMDP, end_token_ids, measure
 from trpo_lm.objective import fisher, gradients, measure_at
 from trpo_lm.policy import Policy
-from trpo_lm.rewards import RewardModel, Rewards
+from trpo_lm.reward_models import RewardModel
+from trpo_lm.rewards import Rewards
 from trpo_lm.seeds import generator
 from trpo_lm.steering import running_rms
 from trpo_lm.trust_region import plane_step
@@ -56,17 +59,22 @@ def main():
         batch.advantages = whiten(advantages, mask, alone)[mask].float()
         critic.fit(None, scores, mask, returns(rollout.rewards, mask, gamma=1.0), valid, alone)
 
-        # g = grad L, b = grad R, F = Hessian of D; v = (F + lambda D)^-1 g by conjugate gradient,
-        # w = theta - theta_ref
+        # g = grad L, b = grad R, F = Hessian of D; v = (F + lambda D)^-1 g and w likewise of b, by
+        # conjugate gradient in the coordinates in which the damping is isotropic
         g, b = (halves.sum(0) / N for halves in gradients(policy, batch, alone, N, reference=True))
         F = fisher(policy, batch, alone, 64)
-        d = running_rms(kept, g).rsqrt()  # coordinates in which the damping is isotropic
-        scaled_F = lambda y, F=F, d=d: d * F(d * y)  # noqa: E731
-        y = conjugate_gradient(scaled_F, d * g, max_iterations=8, rtol=0.01, damping=3.0)
-        v, Fv, w = d * y.x, y.Ax / d, policy.displacement()
+        d = running_rms(kept, g).rsqrt()
+        solves = [
+            conjugate_gradient(
+                lambda y, F=F, d=d: d * F(d * y), d * rhs,
+                max_iterations=8, rtol=0.01, damping=3.0,
+            )
+            for rhs in (g, b)
+        ]  # fmt: skip
 
         # the point of both balls farthest along g, in the plane of v and w
-        plane, curved = torch.stack([v, w]), torch.stack([Fv, F(w)])
+        plane = torch.stack([d * y.x for y in solves])
+        curved = torch.stack([y.Ax / d for y in solves])
         gram, excess = plane @ curved.T, k - MAX_REF_KL
         step = plane_step(gram, plane @ g, plane @ b, delta=MAX_KL, excess=excess)
         x = torch.tensor(step.multipliers, dtype=g.dtype) @ plane

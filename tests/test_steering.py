@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trpo_lm.steering import (
+    FIRST_DRIFT,
     KL_MARGIN,
     LEAST_DAMPING,
     MOST_DAMPING,
@@ -20,7 +21,7 @@ def test_the_tracked_reference_kl_averages_what_does_not_move():
     kept, rng, errors = {}, torch.Generator().manual_seed(0), []
     for i in range(300):
         k = 0.4 + 0.0125 * float(torch.randn((), generator=rng))
-        budget = budget_on_batch(kept, k=k, variance=0.0125**2, budget=1.0)
+        budget = budget_on_batch(kept, k=k, error=0.0125, budget=1.0)
         assert budget - k <= 1.0 - kept["estimate"]  # a step that uses it up ends inside
         if i > 50:
             errors.append((k - 0.4, kept["estimate"] - 0.4))
@@ -32,13 +33,32 @@ def test_the_tracked_reference_kl_learns_what_the_predictions_miss():
     """Each update predicts +0.010 on its own batch, and the next rollout shows +0.015."""
     kept, truth = {}, 0.2
     for _ in range(60):
-        budget = budget_on_batch(kept, k=truth, variance=1e-4, budget=10.0)
+        budget = budget_on_batch(kept, k=truth, error=0.01, budget=10.0)
         kept["expected"] += 0.010
+        kept["fitted"] = 1.0
         k, truth = truth, truth + 0.015
     assert kept["drift"] == pytest.approx(0.005, rel=1e-3)
-    assert kept["estimate"] == pytest.approx(k) and kept["expected"] == pytest.approx(truth)
-    assert budget == pytest.approx(10.0 - 0.005 - math.sqrt(1e-4 / 2), rel=1e-6)
-    assert budget_on_batch({}, k=0.3, variance=0.01, budget=math.inf) == math.inf
+    assert kept["estimate"] == pytest.approx(k)
+    assert kept["expected"] + kept["drift"] == pytest.approx(truth)
+    assert budget == pytest.approx(10.0 - 0.005 - 0.01 / math.sqrt(2), rel=1e-6)
+    assert budget_on_batch({}, k=0.3, error=0.1, budget=math.inf) == math.inf
+
+
+def test_a_batch_that_shows_too_little_is_believed_less_than_one_that_shows_too_much():
+    known = {"expected": 0.5, "drift": 0.0}
+    assert budget_on_batch(dict(known), k=0.4, error=0.0, budget=1.0) == pytest.approx(1.0 - 0.05)
+    assert budget_on_batch(dict(known), k=0.6, error=0.0, budget=1.0) == 1.0
+
+
+def test_steps_that_ignore_the_reference_teach_nothing_of_the_drift():
+    kept = {}
+    for k in (0.1, 0.4, 0.5):
+        budget_on_batch(kept, k=k, error=0.0125, budget=1.0)
+        kept["fitted"] = 0.0
+    assert kept["drift"] == FIRST_DRIFT
+    kept["fitted"] = 1.0
+    budget_on_batch(kept, k=kept["expected"] + FIRST_DRIFT + 0.1, error=0.0, budget=1.0)
+    assert kept["drift"] == pytest.approx(FIRST_DRIFT + 0.03)
 
 
 @pytest.mark.parametrize("optimism", [0.0, 0.5, 0.9])
@@ -46,9 +66,10 @@ def test_the_budget_holds_although_every_prediction_is_optimistic(optimism):
     """A plant that moves by more than predicted settles at the budget, not above it."""
     kept, truth, last = {}, 0.0, []
     for i in range(200):
-        room = budget_on_batch(kept, k=truth, variance=0.0, budget=1.0) - truth
+        room = budget_on_batch(kept, k=truth, error=0.0, budget=1.0) - truth
         step = max(min(room, 0.1), -0.1)
         kept["expected"] += step
+        kept["fitted"] = 1.0
         truth += step + optimism * 0.1  # what the batch did not show
         if i > 100:
             last.append(truth)

@@ -14,6 +14,7 @@ from torch import Tensor
 LEAST_DAMPING, MOST_DAMPING = 0.03, 10.0  # Fisher products are sampled too; pure gradient
 MEMORY = 0.9  # weight of earlier updates in the running means of signal and noise
 RMS_MEMORY, LEAST_METRIC = 0.95, 1e-3  # of the running square; floor, as a share of the mean
+FIRST_DRIFT = 0.05  # of the budget: a first guess at what the predictions of R will miss
 KL_MARGIN = 1.05  # the trust region aims this much inside max_kl: a second trial costs a forward
 
 
@@ -53,26 +54,31 @@ def wiener_damping(kept: dict[str, float], *, signal: float, variance: float, N:
     return min(max(batches, LEAST_DAMPING), MOST_DAMPING)
 
 
-def budget_on_batch(kept: dict[str, float], *, k: float, variance: float, budget: float) -> float:
+def budget_on_batch(kept: dict[str, float], *, k: float, error: float, budget: float) -> float:
     """Return the budget on the scale of this batch's R.
 
-    A fresh rollout measures R with a sampling error of several per cent, and the step's own batch
-    flatters it: x was fitted to the very completions on which R after x is predicted, so the next
-    rollout shows more. Both are tracked (an alpha-beta filter): the estimate follows the predicted
-    changes and every fresh rollout, the drift is what the predictions have lately missed, and the
-    step aims at the budget less the drift and one standard error.
+    A fresh rollout measures R with a sampling error of several per cent, and a step that trades R
+    for score is flattered by its own batch: x was fitted to the very completions on which R after x
+    is predicted, so the next rollout shows more. Both are tracked (an alpha-beta filter): the
+    estimate follows the predicted changes and every fresh rollout, the drift is what predictions of
+    such steps have lately missed. The step aims at the budget less the drift, less the estimate's
+    standard error, and less what this batch shows too little of R; where it shows too much, nothing
+    is given back.
 
     Args:
-        kept: Estimate, drift and expectation, changed in place; empty at first. The caller adds the
-            predicted change of each step to `kept["expected"]`.
+        kept: Estimate, drift and expectation, changed in place; empty at first. After a step the
+            caller adds its predicted change to `kept["expected"]`, and sets `kept["fitted"]` to 1.0
+            if the step's direction depended on R, else to 0.0.
         k: R on the fresh rollout, nats per completion.
-        variance: Of `k`, by sampling.
+        error: Its standard error, by sampling; the estimate averages about two of them.
         budget: K, nats per completion; inf without one.
     """
-    surprise = k - kept.get("expected", k)
-    estimate, drift = k - 0.5 * surprise, kept.get("drift", 0.0) + 0.3 * surprise
-    kept |= {"estimate": estimate, "drift": drift, "expected": estimate + drift}
-    return k - estimate + budget - max(drift, 0.0) - math.sqrt(variance / 2)
+    drift = kept.get("drift", FIRST_DRIFT * budget if math.isfinite(budget) else 0.0)
+    fitted = kept.get("fitted", 0.0)
+    surprise = k - kept.get("expected", k) - fitted * drift
+    estimate, drift = k - 0.5 * surprise, drift + 0.3 * fitted * surprise
+    kept |= {"estimate": estimate, "drift": drift, "expected": estimate}
+    return budget - max(drift, 0.0) - max(estimate - k, 0.0) - error / math.sqrt(2)
 
 
 def radius_inside(kept: dict[str, float], max_kl: float) -> float:

@@ -71,7 +71,6 @@ def constrained_update(
     radius: float,
     damping: float = 0.0,
     metric: Tensor | None = None,
-    displacement: Tensor | None = None,
     ref_kl: float = math.nan,
     budget: float = math.inf,
 ) -> Update:
@@ -87,9 +86,6 @@ def constrained_update(
         radius: Trust region of this step, nats, <= settings.max_kl.
         damping: Of the solves, relative as `conjugate_gradient` takes it.
         metric: Diagonal in which damping measures parameters, (M,), positive; None: all ones.
-        displacement: theta_old - theta_ref, (M,), to stand for w: the reference lies at -w, and
-            where parameters say where that is there is nothing to solve for. A w fitted to the
-            sampled b promises a fall of R that the next rollout does not show. None: solve.
         ref_kl: k, R at theta_old as this batch measures it, nats.
         budget: K on the scale of this batch's R, nats.
 
@@ -97,12 +93,7 @@ def constrained_update(
         The solves, the step and the search; theta is at the accepted point.
     """
     v = solve(F, g, damping, metric, settings)
-    if b is None:
-        w = None
-    elif displacement is not None and bool(displacement.any()):
-        w = CGSolution(displacement, F(displacement), math.nan, 0, "known", 0.0)
-    else:
-        w = solve(F, b, damping, metric, settings)
+    w = None if b is None else solve(F, b, damping, metric, settings)
     plane, curved = spanning(F, v, w)
     step = plane_step(
         plane @ curved.T,
@@ -282,13 +273,12 @@ class TRPO(TRPOSettings):
             )
         k, error = reference_kl(batch, reduce, N)
         K = budget_on_batch(
-            state["reference"], k=k, variance=error**2, budget=self.max_ref_kl or math.inf
+            state["reference"], k=k, error=error, budget=self.max_ref_kl or math.inf
         )
         radius = radius_inside(state["radius"], self.max_kl)
         result = constrained_update(
             theta, g, b, F, lambda: measure_at(policy, batch, reduce, N), self,
-            radius=radius, damping=damping, metric=metric,
-            displacement=policy.displacement(), ref_kl=k, budget=K,
+            radius=radius, damping=damping, metric=metric, ref_kl=k, budget=K,
         )  # fmt: skip
         signal = noise(halves_g, N)
         trial, step, scale = result.search.trial, result.step, result.search.scale
@@ -298,6 +288,7 @@ class TRPO(TRPOSettings):
             state["reference"]["expected"] += (
                 step.ref_change_at(scale) if budgeted else trial.ref_kl - k
             )
+        state["reference"]["fitted"] = float(accepted and step.case != "old")
         return {
             "trust_region/kl": trial.kl if accepted else 0.0,
             "trust_region/kl_max": trial.kl_max if accepted else 0.0,

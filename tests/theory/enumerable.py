@@ -162,7 +162,7 @@ class Tree:
         pick = torch.arange(len(copies)).repeat_interleave(copies)
         chosen = [self.completions[y] for y in pick]
         prompts = [self.prompts[i] for i, _ in chosen]
-        ids, attention = self.mdp._left_pad([list(self.mdp.reset(p).prompt_ids) for p in prompts])
+        ids, attention = self.mdp.left_pad([list(self.mdp.reset(p).prompt_ids) for p in prompts])
         mask = self.mask[pick]
         actions = self.steps[pick].remainder(self.V).masked_fill(~mask, self.mdp.pad_token_id)
         texts = [self.mdp.text(c) for _, c in chosen]
@@ -251,12 +251,9 @@ def build(
     return tree
 
 
-def exact_update(
-    tree: Tree, settings: TRPOSettings, *, displaced: bool = False
-) -> tuple[float, Update]:
+def exact_update(tree: Tree, settings: TRPOSettings) -> tuple[float, Update]:
     """Make the update of trpo.py with sums over all completions in place of means over a batch.
 
-    `displaced` lets theta - theta_ref stand for w = F^-1 b, as `TRPO.update` does on samples.
     Returns eta before the update, and what the update did.
     """
     theta = tree.policy.parameters
@@ -280,7 +277,6 @@ def exact_update(
     return float(tree.eta(old)), constrained_update(
         theta, g, b, F, measure_here, settings, radius=settings.max_kl,
         damping=settings.damping or 0.0, ref_kl=before,
-        displacement=tree.policy.displacement() if displaced else None,
         budget=settings.max_ref_kl if budgeted else math.inf,
     )  # fmt: skip
 
