@@ -29,7 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "theor
 
 import torch
 from enumerable import build
-from identities import statement_1, statement_2, statement_3, statement_4, statement_5, statement_10
+from identities import (
+    statement_1,
+    statement_2,
+    statement_3,
+    statement_4,
+    statement_5,
+    statement_10,
+    statement_11,
+)
 from updates import statement_6, statement_7, statement_8, statement_9
 
 
@@ -52,6 +60,7 @@ def main() -> int:
         (8, statement_8, {"tree": small, "starts": 3}),  # the tests use 20
         (9, statement_9, {}),
         (10, statement_10, {"tree": tree}),
+        (11, statement_11, {"tree": small}),
     ):
         print(f"{number}. {statement.__doc__.splitlines()[0]}", flush=True)
         lines = statement(**argument)

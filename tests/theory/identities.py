@@ -1,4 +1,4 @@
-"""Statements 1 to 5 and 10: what eta, A, L, R and the KL of completions are to one another."""
+"""Statements 1 to 5, 10 and 11: what eta, A, L, R, KLs and sampled gradients are to each other."""
 
 import math
 
@@ -311,4 +311,93 @@ def statement_10(tree: Tree) -> list[Line]:
         Line("objective.measure_at on it: D - enumerated", seen.kl - D_u, -1e-12, 1e-12),
         Line("objective.measure_at on it: gain - enumerated",
              seen.gain - float(exact.gain(d_u, new, A_u)), -1e-12, 1e-12),
+    ]  # fmt: skip
+
+
+def statement_11(tree: Tree) -> list[Line]:
+    """The critic sets the variance; with lambda = 1 it cannot touch the mean.
+
+    A completion's gradient less its mean is a sum of martingale differences, one for each action:
+    X(s, a) = A(s, a) (z(s, a) + lambda e(s)) + H(s') - H(s) with the exact V, where z is grad log
+    pi(a|s), e(s) the trace of z before s, decayed by lambda, and H(s) the gradient still to come.
+    Hence its variance, state by state. An error eps(s) of the critic takes eps z from each.
+
+    Source: generalised advantages, Schulman et al. (2016), arXiv:1506.02438; baselines and
+    variance, Greensmith, Bartlett and Baxter (2004), JMLR 5.
+    """
+    tree.draw(11)
+    theta, table = tree.policy.parameters, tree.table()
+    z = torch.stack([theta.gradient(x, retain=True) for x in table.flatten()])  # (S V, M)
+    pi = table.detach()
+    p, V, mask = pi.exp(), tree.V, tree.mask
+    y, d = tree.completion_logprobs(pi).exp(), tree.visits(pi)
+    g = theta.gradient(tree.eta(table))
+    rewards = torch.zeros(mask.shape, dtype=torch.float64)
+    rewards[torch.arange(len(y)), tree.lengths - 1] = tree.scores
+    _, exact = tree.values(pi)
+    A = tree.advantages(pi).flatten()
+    # s' of every (s, a) that does not end, and what lies behind and before each state
+    on = mask[:, 1:]
+    child = torch.full((len(z),), -1)
+    child[tree.steps[:, :-1][on]] = tree.steps[:, 1:][on] // V
+    H = torch.zeros(len(exact), len(theta), dtype=torch.float64)
+    ahead = torch.zeros_like(z)
+    for s in reversed(range(len(exact))):  # breadth first: children stand behind their parents
+        a = slice(s * V, s * V + V)
+        ahead[a] = torch.where((child[a] >= 0)[:, None], H[child[a]], 0.0)
+        H[s] = p[s] @ (A[a, None] * z[a] + ahead[a])
+
+    def trace(lam: float) -> Tensor:
+        e = torch.zeros_like(H)
+        for i in (child >= 0).nonzero()[:, 0].tolist():
+            e[child[i]] = z[i] + lam * e[i // V]
+        return e.repeat_interleave(V, 0)
+
+    def sampled(values: Tensor, lam: float) -> Tensor:
+        """Gradients of single completions from the package's GAE, (Y, M)."""
+        advantages = gae(rewards, values[tree.steps // V], mask, gamma=1.0, lam=lam)
+        return torch.einsum("yt,ytm->ym", advantages * mask, z[tree.steps])
+
+    def variance(G: Tensor) -> float:
+        return float(y @ (G - y @ G).square().sum(-1))
+
+    first = tree.time == 0
+    apart = float(d[first] @ (H[first] - g).square().sum(-1))  # from prompt to prompt
+
+    def predicted(lam: float, eps: Tensor) -> float:
+        X = A[:, None] * (z + lam * trace(lam)) + ahead - H.repeat_interleave(V, 0)
+        X = X - eps.repeat_interleave(V)[:, None] * z
+        return apart + float((d[:, None] * p).flatten() @ X.square().sum(-1))
+
+    none, eps = torch.zeros_like(exact), torch.linspace(-1, 1, len(exact), dtype=exact.dtype)
+    lines = []
+    for lam in (0.0, 0.5, 1.0):
+        G = sampled(exact, lam)
+        lines += [
+            Line(f"exact V, lambda {lam}: |mean - grad eta| / |grad eta|", relative(y @ G, g),
+                 most=1e-10),
+            Line(f"exact V, lambda {lam}: variance / theory - 1",
+                 variance(G) / predicted(lam, none) - 1, -1e-10, 1e-10),
+        ]  # fmt: skip
+    wrong, blind = sampled(exact + eps, 1.0), sampled(none, 1.0)
+    ahead_eps = torch.where(child >= 0, eps[child], 0.0)[tree.steps] * mask  # eps(s_t+1)
+    later, decayed = torch.zeros_like(ahead_eps), torch.zeros(len(y), dtype=torch.float64)
+    for t in reversed(range(later.shape[1])):  # sum_k>=1 lambda^(k-1) eps(s_t+k)
+        decayed = ahead_eps[:, t] + 0.5 * decayed
+        later[:, t] = decayed
+    bias = y @ torch.einsum("yt,ytm->ym", 0.5 * later * mask, z[tree.steps])
+    return [
+        *lines,
+        Line("wrong V, lambda 1: |mean - grad eta| / |grad eta|", relative(y @ wrong, g),
+             most=1e-10),
+        Line("wrong V, lambda 1: variance / theory - 1",
+             variance(wrong) / predicted(1.0, eps) - 1, -1e-10, 1e-10),
+        Line("no critic, lambda 1: variance / theory - 1",
+             variance(blind) / predicted(1.0, -exact) - 1, -1e-10, 1e-10),
+        Line("wrong V, lambda 1: its variance as a multiple of the exact V's",
+             variance(wrong) / variance(sampled(exact, 1.0)), least=1.05),
+        Line("wrong V, lambda 0.5: |bias - theory| / |theory|",
+             relative(y @ sampled(exact + eps, 0.5) - g, bias), most=1e-10),
+        Line("wrong V, lambda 0.5: |bias| / |grad eta|", float(bias.norm() / g.norm()),
+             least=1e-2),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ten statements, asserted line by line, and the package's batches against the sums."""
+"""The eleven statements, asserted line by line, and the package's batches against the sums."""
 
 import math
 
@@ -188,3 +188,7 @@ def test_10_the_package_on_an_exact_batch_makes_the_exact_update(budget):
     assert largest(reached - tree.table().detach()) < 1e-10
     if budget is not None:
         assert sampled.search.trial.ref_kl == pytest.approx(exact.search.trial.ref_kl)
+
+
+def test_11_credit():
+    check(identities.statement_11(build(steps=3)))
