@@ -4,10 +4,11 @@
     python recipes/compare.py --quick               # a look, under eight minutes on two cores
     python recipes/compare.py --arms trpo:max_ref_kl=0.7,1.5 ppo:learning_rate=3e-4,1e-3:beta=0.1
 
-An arm is an algorithm (trpo, npg, ppo, grpo, rloo, reinforce) and its settings after colons;
-several values, with commas, make a grid. Every arm runs with every seed. What is finished is kept:
-the same command goes on where it stopped. The folder ends up with `comparison.html`, the pictures
-and their numbers; `python -m trpo_lm.comparison_page FOLDER` draws them again.
+An arm is an algorithm (trpo, npg, ppo, grpo, rloo, reinforce; with the extra `trl` installed also
+trl-grpo and trl-rloo, TRL's own trainers) and its settings after colons; several values, with
+commas, make a grid. Every arm runs with every seed. What is finished is kept: the same command goes
+on where it stopped. The folder ends up with `comparison.html`, the pictures and their numbers;
+`python -m trpo_lm.comparison_page FOLDER` draws them again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from trpo_lm.cli import main, parse
-from trpo_lm.config import PPOSettings, TrainerConfig, TRPOSettings, describe, option
+from trpo_lm.config import (
+    PPOSettings,
+    TrainerConfig,
+    TRLSettings,
+    TRPOSettings,
+    describe,
+    option,
+)
 from trpo_lm.errors import TrpoLMError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -37,8 +45,15 @@ ALGORITHMS: dict[str, tuple[type, dict[str, str]]] = {
     "grpo": (PPOSettings, {"advantage": "group_normalised", **ONE_STEP}),
     "rloo": (PPOSettings, {"advantage": "leave_one_out", **ONE_STEP, "clip": "none"}),
     "reinforce": (PPOSettings, {**ONE_STEP, "clip": "none", "lam": "1"}),
+    "trl-grpo": (TRLSettings, {}),
+    "trl-rloo": (TRLSettings, {"beta": "0.05"}),
 }
-GROUPS = {"grpo": 8, "rloo": 4}  # completions of a prompt, where the common setting is 1
+GROUPS = {
+    "grpo": 8,
+    "rloo": 4,
+    "trl-grpo": 8,
+    "trl-rloo": 4,
+}  # completions of a prompt, where the common setting is 1
 PER_ARM = {"critic", "completions_per_prompt"}  # of the trainer's settings, an arm's own
 
 
@@ -146,7 +161,7 @@ def run() -> None:
     judge = a.judge
     if judge is None and a.reward_model == Arguments.reward_model:
         judge = str(DATA / "judge")
-    rules = {TRPOSettings: TRPO, PPOSettings: PPO}
+    rules = {TRPOSettings: TRPO, PPOSettings: PPO, TRLSettings: TRLSettings}
     arms = [
         Arm(
             " ".join([algorithm, *(f"{name}={value}" for name, value in given.items())]),

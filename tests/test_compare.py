@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,10 +17,15 @@ import torch
 
 from trpo_lm import PPO, TRPO, TrainerConfig, TrpoLMError
 from trpo_lm.comparison import Run, at_equal_kl, bootstrap_interval, kept_promises, load_comparison
+from trpo_lm.comparison_page import main as draw
 from trpo_lm.comparison_page import write_page
+from trpo_lm.config import TRLSettings
 from trpo_lm.frontier import limit_curve, probe, reference_scores, tilted
+from trpo_lm.metrics import METRICS
+from trpo_lm.policy import Policy
 from trpo_lm.prompts import Prompts
 from trpo_lm.sweep import Arm, Sweep
+from trpo_lm.trl_arms import _positions
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("compare", ROOT / "recipes/compare.py")
@@ -47,6 +53,17 @@ def test_every_row_is_a_valid_algorithm(name):
     assert not given and rule.needs_critic == (name in ("trpo", "ppo", "reinforce"))
 
 
+def test_arms_of_trl_expand_whether_or_not_it_is_installed():
+    arms = compare.expand("trl-grpo:learning_rate=3e-4,1e-3", TrainerConfig())
+    assert [settings for *_, settings, _ in arms] == [
+        TRLSettings(3e-4, 0.0),
+        TRLSettings(1e-3, 0.0),
+    ]
+    ((*_, settings, own),) = compare.expand("trl-rloo", TrainerConfig(prompts_per_update=64))
+    assert settings.beta == 0.05  # TRL's default for this trainer
+    assert (own.prompts_per_update, own.completions_per_prompt) == (16, 4)
+
+
 def test_every_arm_samples_the_same_number_of_completions():
     args = TrainerConfig(prompts_per_update=64, completions_per_prompt=1)
     shape = {
@@ -70,6 +87,8 @@ def test_every_arm_samples_the_same_number_of_completions():
         ("ppo:beta=-1", "not allowed"),
         ("trpo:clip=0.2", "unknown setting 'clip'"),
         ("ppo:seed=3", "seed cannot differ between arms"),
+        ("trl-grpo:clip=0.2", "unknown setting 'clip'"),
+        ("trl-rloo:learning_rate=0", "not allowed"),
     ],
 )
 def test_a_wrong_arm_is_named(text, message):
@@ -183,11 +202,11 @@ def a_run(kl, score, seed=0, **result):
 
 def test_a_score_at_some_kl_is_the_last_one_there():
     steady = a_run(np.linspace(0, 2, 101), np.linspace(0, 1, 101))
-    assert steady.score_at(1.0) == pytest.approx(0.5)
-    assert steady.score_at(9.0) == steady.trajectory()[1][-1]
-    assert steady.score_at(0.0) == 0.0
+    assert steady.at(1.0) == pytest.approx((1.0, 0.5))
+    assert steady.at(9.0) == tuple(v[-1] for v in steady.trajectory())
+    assert steady.at(0.0) == (0.0, 0.0)
     plateau = a_run([0, *[1.0] * 40], np.linspace(0, 1, 41))  # improves at a constant KL
-    assert plateau.score_at(1.0) == plateau.trajectory()[1][-1]
+    assert plateau.at(1.0) == (1.0, plateau.trajectory()[1][-1])
 
 
 # ---- the page ----
@@ -272,7 +291,7 @@ def test_a_run_that_blew_up_is_a_result(tmp_path):
     result = json.loads(file.read_text())
     del result["held_out"], result["samples"]
     file.write_text(json.dumps(result | {"fault": "non-finite logits"}))
-    (file.parent / "metrics.jsonl").write_text("")
+    (file.parent / "metrics.jsonl").unlink()  # in its first update
     assert "non-finite logits" in write_page(folder).read_text()
     assert kept_promises(load_comparison(folder)) == [
         ["trpo", 2, "100%", "0%"],
@@ -289,6 +308,46 @@ def test_equal_kl_pairs_runs_of_one_seed_and_picks_the_best_rival(tmp_path):
     (row,) = at_equal_kl(comparison)
     assert row["rival"] is rivals[1] and row["difference"] == pytest.approx(-0.2, abs=0.05)
     assert row["low"] <= row["difference"] <= row["high"] < 0
+    assert row["rival_ref_kl"] == pytest.approx(row["ref_kl"])
+
+
+def test_a_rival_that_never_came_that_far_shows_its_own_kl(tmp_path):
+    comparison = load_comparison(a_folder(tmp_path / "c", ("trpo max_ref_kl=1", "ppo beta=0.1")))
+    for run in comparison.arms[1].runs:
+        for row in run.rows:
+            row["objective/ref_kl"] /= 10
+    (row,) = at_equal_kl(comparison)
+    assert row["rival_ref_kl"] == pytest.approx(row["ref_kl"] / 10)
+
+
+def test_the_page_leads_with_the_best_of_all_other_arms(tmp_path):
+    folder = a_folder(tmp_path / "c", ("trpo max_ref_kl=1", "ppo beta=0.1", "grpo"))
+    file = folder / "runs/grpo/seed-0/metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row["objective/score_mean"] += 0.2
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_page(folder).read_text()
+    first, every = page.split("<details>")[0], page.split("<details>")[1].split("</details>")[0]
+    assert "trpo less the best other arm" in first
+    assert "grpo" in first.split("best other arm there")[1]
+    assert "ppo beta=0.1" not in first.split("best other arm there")[1].split("</table>")[0]
+    assert "ppo beta=0.1" in every and "grpo" in every
+
+
+def test_the_frontier_alone_has_few_arms(tmp_path):
+    arms = [f"trpo max_ref_kl={k}" for k in (0.5, 1, 2)]
+    arms += [f"{a} beta={b}" for a in ("ppo", "trl-rloo") for b in (0.1, 0.2, 0.3)]
+    folder = a_folder(tmp_path / "c", arms, seeds=1)
+    file = folder / "runs/ppo_beta=0.2/seed-0/metrics.jsonl"
+    file.write_text(
+        file.read_text().replace('"objective/score_mean": 0.', '"objective/score_mean": 0.9')
+    )
+    featured = load_comparison(folder).featured
+    assert [arm.name for arm in featured[:4]] == [*arms[:3], "ppo beta=0.2"] and len(featured) == 5
+    assert draw([str(folder), "--frontier", str(tmp_path / "one.png")]) == 0
+    assert (tmp_path / "one.png").stat().st_size > 10_000
+    assert not (folder / "comparison.html").exists()
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
@@ -307,6 +366,7 @@ def a_sweep(folder, arms, **settings):
     )  # fmt: skip
     prompts = Prompts(["the film", "the story of", "a bold", "i thought the"], {})
     rules = {"trpo": TRPO(cg_iterations=2), "ppo": PPO(epochs=1)}
+    rules |= dict.fromkeys(["trl-grpo", "trl-rloo"], TRLSettings(beta=0.05))
     made = [Arm(name, name, {}, rules[name], args) for name in arms]
     return Sweep(
         str(data / "lm"), str(data / "reward_model"), prompts, prompts, args, made,
@@ -343,3 +403,69 @@ def test_a_sweep_keeps_what_is_finished_and_leaks_nothing_between_arms(tmp_path,
 def test_two_arms_of_one_name_are_refused(tmp_path):
     with pytest.raises(TrpoLMError, match="arm 'ppo' is there twice"):
         a_sweep(tmp_path, ["ppo", "ppo"])
+
+
+def test_a_setting_that_is_younger_than_a_result_had_its_default(tmp_path):
+    sweep, file = a_sweep(tmp_path, []), tmp_path / "result.json"
+    file.write_text(json.dumps({"spec": {"temperature": 1.0}}))
+    spec = {"temperature": 1.0, "prefix_stride": 1, "accept_ratio": 0.1}
+    assert sweep._finished(file, spec, TRPO())
+    with pytest.raises(TrpoLMError, match=r"other settings; accept_ratio: 0.1 -> 0.3"):
+        sweep._finished(file, spec | {"accept_ratio": 0.3}, TRPO())
+
+
+# ---- TRL's trainers ----
+
+
+def test_without_trl_its_arms_are_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TrpoLMError, match="TRL is not installed") as caught:
+        a_sweep(tmp_path / "c", ["ppo", "trl-grpo"])
+    assert "[trl]" in caught.value.hint and not (tmp_path / "c").exists()
+
+
+def test_trl_in_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrpoLMError, match="in one process"):
+        a_sweep(tmp_path, ["trl-rloo"])
+
+
+def test_padding_does_not_move_the_positions_of_the_model_that_trl_gets():
+    model = tiny.build("gpt2").eval()
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]])
+    with torch.no_grad():
+        alone = model(input_ids=ids[:, 2:]).logits
+        padded = model(input_ids=ids, attention_mask=mask).logits[:, 2:]
+        assert not torch.allclose(padded, alone, atol=1e-2)
+        model.base_model.register_forward_pre_hook(_positions, with_kwargs=True)
+        padded = model(input_ids=ids, attention_mask=mask).logits[:, 2:]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_trl_trains_offline_and_is_measured_like_the_others(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    asked = []
+    monkeypatch.delenv("CI", raising=False)  # where it is set, TRL is silent anyway
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **_: asked.append(args) or [])
+    a_sweep(tmp_path, ["trl-grpo", "trl-rloo"]).run()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(10)
+    assert not asked
+    for name in ("trl-grpo", "trl-rloo"):
+        folder = tmp_path / "runs" / name / "seed-0"
+        (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert set(METRICS) <= set(row) and row["completions"] == 8
+        assert row["objective/ref_kl"] == pytest.approx(0, abs=1e-6)  # sampled by the reference
+        assert row["trust_region/kl"] > 1e-6 and row["trust_region/case"] is None
+        assert len((folder / "completions.jsonl").read_text().splitlines()) == 8
+        found = json.loads((folder / "result.json").read_text())
+        assert found["held_out"]["ref_kl"] > 1e-6 and found["passes"] >= 1
+        # what is measured is what TRL left: its adapter, loaded by peft alone
+        saved = Policy(str(folder))
+        assert saved.parameters.checksum() == row["policy/checksum"]
+    assert write_page(tmp_path).is_file()
+    monkeypatch.setattr("trpo_lm.sweep.train_with_trl", lambda *args: pytest.fail("trained again"))
+    a_sweep(tmp_path, ["trl-grpo", "trl-rloo"]).run()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.metrics import number, read_json_lines
@@ -32,12 +32,12 @@ from trpo_lm.report import KL_UNIT, _agreement, _column, _panel
 
 COLOURS = {
     "trpo": "#0072B2", "npg": "#56B4E9", "ppo": "#D55E00", "grpo": "#009E73", "rloo": "#CC79A7",
-    "reinforce": "#E69F00",
+    "reinforce": "#E69F00", "trl-grpo": "#00533c", "trl-rloo": "#7d3c63",
 }  # fmt: skip
 OTHER = "#6e6e6e"
 STYLES = ("-", "--", ":", "-.")
 WINDOW = 5  # updates over which score and KL are averaged before they are compared
-MANY = 6  # arms; with more than these only the best of each algorithm are drawn in full
+MANY = 6  # arms; of more than these only some are drawn in full
 RUNAWAY_KL = 20.0  # nats per completion: a run that ends beyond has collapsed
 
 
@@ -61,16 +61,16 @@ class Run:
             _column(self.rows, "objective/score_mean")
         )
 
-    def score_at(self, kl: float) -> float:
-        """Return the smoothed score when the smoothed KL last was `kl` (the last one, if less)."""
+    def at(self, kl: float) -> tuple[float, float]:
+        """Return smoothed KL and score when the KL last was `kl`; at the end, if it never was."""
         x, y = self.trajectory()
         if not len(x):
-            return float("nan")
+            return float("nan"), float("nan")
         below = np.flatnonzero(x <= kl)
         i = int(below[-1]) if len(below) else 0
         if i + 1 == len(x) or x[i + 1] <= x[i] or x[i] > kl:
-            return float(y[i])
-        return float(y[i] + (kl - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i]))
+            return float(x[i]), float(y[i])
+        return kl, float(y[i] + (kl - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i]))
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,24 @@ class Comparison:
 
     @property
     def featured(self) -> list[Arm]:
-        """The arms drawn in full: all, or the best two of an algorithm and those with a budget."""
+        """The arms drawn in full: all of a few; of many the first algorithm's and its rivals.
+
+        The first algorithm's are those that were asked for a KL, or its best two; a rival is the
+        arm of another algorithm that scores best, on average, at the KLs where these ended.
+        """
         if len(self.arms) <= MANY:
             return self.arms
-        chosen = []
-        for arms in self.families().values():
-            best = sorted(arms, key=lambda arm: -mean(arm.values("score")))
-            chosen += [arm for arm in arms if arm in best[:2] or arm.spec.get("max_ref_kl")]
-        return chosen
+        first, *others = self.families().values()
+        best = sorted(first, key=lambda arm: -mean(arm.values("score")))[:2]
+        chosen = [arm for arm in first if arm.asked_kl] or [arm for arm in first if arm in best]
+        ends = [mean(np.array([run.trajectory()[0][-1] for run in arm.runs if run.rows]))
+                for arm in chosen]  # fmt: skip
+
+        def score(arm: Arm) -> float:
+            return mean(np.array([run.at(kl)[1] for run in arm.runs for kl in ends]))
+
+        return chosen + [max(arms, key=lambda arm: np.nan_to_num(score(arm), nan=-np.inf))
+                         for arms in others]  # fmt: skip
 
     def families(self) -> dict[str, list[Arm]]:
         """Return the arms by algorithm."""
@@ -123,6 +133,11 @@ class Comparison:
         for arm in self.arms:
             found.setdefault(arm.algorithm, []).append(arm)
         return found
+
+    @property
+    def limit_kl(self) -> float:
+        """Where the limit ends, nats per completion."""
+        return self.reference["limit"][-1]["ref_kl"]
 
     def limit_at(self, kl: float) -> float:
         """Return the best score that any policy at that KL can have; nan beyond the curve."""
@@ -146,7 +161,8 @@ def load_comparison(folder: str | Path) -> Comparison:
     found: dict[str, list[Run]] = {}
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
-        rows = read_json_lines(file.parent / "metrics.jsonl")
+        metrics = file.parent / "metrics.jsonl"  # absent where the first update failed
+        rows = read_json_lines(metrics) if metrics.is_file() else []
         for row in rows:
             row["max_kl"] = result["spec"].get("max_kl")
         found.setdefault(result["arm"], []).append(Run(result["seed"], file.parent, result, rows))
@@ -158,16 +174,23 @@ def load_comparison(folder: str | Path) -> Comparison:
             [(k, _as_number(v)) for k, v in found[name][0].result["given"].items()],
         ),
     )
-    arms, counted = [], dict[str, int]()
+    arms = []
     for number_, name in enumerate(names, 1):
         runs = sorted(found[name], key=lambda run: run.seed)
-        algorithm = runs[0].result["algorithm"]
-        place = counted[algorithm] = counted.get(algorithm, -1) + 1
-        base = np.array(to_rgb(COLOURS.get(algorithm, OTHER)))
-        colour = tuple(base + (1 - base) * 0.55 * (1 - 0.5**place))
-        arms.append(Arm(number_, name, algorithm, colour, STYLES[place % len(STYLES)], runs))
+        arms.append(Arm(number_, name, runs[0].result["algorithm"], OTHER, "-", runs))
     reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-    return Comparison(reference, arms)
+    return _coloured(Comparison(reference, arms))
+
+
+def _coloured(c: Comparison) -> Comparison:
+    """Give each algorithm a colour, and shades of it to its arms: the featured ones come first."""
+    looks: dict[int, dict[str, Any]] = {}
+    for algorithm, arms in c.families().items():
+        base = np.array(to_rgb(COLOURS.get(algorithm, OTHER)))
+        for place, arm in enumerate(sorted(arms, key=lambda arm: arm not in c.featured)):
+            shade = tuple(base + (1 - base) * 0.55 * (1 - 0.5**place))
+            looks[arm.number] = {"colour": shade, "style": STYLES[place % len(STYLES)]}
+    return replace(c, arms=[replace(arm, **looks[arm.number]) for arm in c.arms])
 
 
 def _as_number(text: str) -> tuple[float, str]:
@@ -213,8 +236,9 @@ def at_equal_kl(comparison: Comparison) -> list[dict[str, Any]]:
     """Compare the first algorithm's arms with the best arm of every other, at the KL they ended.
 
     Returns:
-        Rows of `arm`, `ref_kl`, `score`, `rival` (the arm), `rival_score`, `difference`, `low` and
-        `high` (its 95% interval over seeds).
+        Rows of `arm`, `ref_kl`, `score`, `rival` (the arm), `rival_ref_kl` (less than `ref_kl` if
+        it never came that far), `rival_score`, `difference`, `low` and `high` (its 95% interval
+        over seeds).
     """
     families = comparison.families()
     rows = []
@@ -222,14 +246,15 @@ def at_equal_kl(comparison: Comparison) -> list[dict[str, Any]]:
         ends = {run.seed: [float(v[-1]) for v in run.trajectory()] for run in arm.runs if run.rows}
         for rivals in list(families.values())[1:]:
             pairs = {
-                i: {r.seed: r.score_at(ends[r.seed][0]) for r in rival.runs if r.seed in ends}
+                i: {r.seed: r.at(ends[r.seed][0]) for r in rival.runs if r.seed in ends and r.rows}
                 for i, rival in enumerate(rivals)
             }
-            pairs = {i: scores for i, scores in pairs.items() if scores}
+            pairs = {i: found for i, found in pairs.items() if found}
             if not pairs:
                 continue
-            best = max(pairs, key=lambda i: mean(np.array(list(pairs[i].values()))))
-            gains = [ends[seed][1] - score for seed, score in pairs[best].items()]
+            best = max(pairs, key=lambda i: mean(np.array(list(pairs[i].values()))[:, 1]))
+            rival_kl, rival_score = np.array(list(pairs[best].values())).T
+            gains = [ends[seed][1] - score for seed, (_, score) in pairs[best].items()]
             low, high = bootstrap_interval(gains)
             rows.append(
                 {
@@ -237,7 +262,8 @@ def at_equal_kl(comparison: Comparison) -> list[dict[str, Any]]:
                     "ref_kl": mean(np.array([end[0] for end in ends.values()])),
                     "score": mean(np.array([end[1] for end in ends.values()])),
                     "rival": rivals[best],
-                    "rival_score": mean(np.array(list(pairs[best].values()))),
+                    "rival_ref_kl": mean(rival_kl),
+                    "rival_score": mean(rival_score),
                     "difference": mean(np.array(gains)),
                     "low": low,
                     "high": high,
@@ -295,7 +321,7 @@ def _stacked(arm: Arm, name: str, smooth: bool = False) -> np.ndarray:
 def _band(axes: Axes, arm: Arm, x: np.ndarray, values: np.ndarray) -> None:
     """Draw the mean over runs and, with several, its 95% interval."""
     axes.plot(x, [mean(v) for v in values.T], color=arm.colour, linestyle=arm.style)
-    if len(values) > 1:
+    if len(values) > 1 and len(x):
         low, high = np.array([bootstrap_interval(c, draws=1000) for c in values.T]).T
         axes.fill_between(x, low, high, color=arm.colour, alpha=0.15, linewidth=0)
 
@@ -317,82 +343,85 @@ def _draw_frontier(figure: Figure, c: Comparison) -> Table:
                 [arm.name, run.seed, "end", run.held_out("ref_kl"), run.held_out("score"), ""]
             )
             if arm in c.featured:
-                axes.plot(x, y, ".", color=arm.colour, markersize=3, alpha=0.35)
-                axes.plot(*run.trajectory(), color=arm.colour, linestyle=arm.style, linewidth=0.9)
-    ends = []
+                axes.plot(x, y, ".", color=arm.colour, markersize=2, alpha=0.3)
+                axes.plot(*run.trajectory(), color=arm.colour, linewidth=0.6, alpha=0.4)
+        if arm in c.featured:
+            paths = [_stacked(arm, f"objective/{n}", smooth=True) for n in ("ref_kl", "score_mean")]
+            axes.plot(*([mean(v) for v in p.T] for p in paths), color=arm.colour,
+                      linestyle=arm.style)  # fmt: skip
+    ends, widest = [], limit[-1][0]
     for arm in c.arms:
         kl, score = arm.values("ref_kl"), arm.values("score")
         axes.plot(kl, score, "o", color=arm.colour, markersize=4, alpha=0.6)
-        if np.isfinite(kl).any():
-            ends.append(mean(kl))
+        if not np.isfinite(kl).any():
+            continue
+        ends.append(mean(kl))
+        if arm in c.featured:
+            widest = max(widest, mean(kl) if mean(kl) <= RUNAWAY_KL else 0.0)
             axes.annotate(
                 str(arm.number), (mean(kl), mean(score)), ha="center", va="center", fontsize=8,
                 color="white", zorder=5, annotation_clip=True,
                 bbox={"boxstyle": "circle,pad=0.25", "fc": arm.colour, "ec": "white"},
             )  # fmt: skip
-    shown = [kl for kl in ends if kl <= RUNAWAY_KL]
-    widest = max([limit[-1][0], *shown])
     axes.set_xlim(-0.02 * widest, 1.08 * widest)
-    beyond = len(ends) - len(shown)
+    beyond = sum(kl > 1.08 * widest for kl in ends)
     if beyond:
-        axes.set_xlabel(f"KL to the reference ({KL_UNIT}); {beyond} arms ended beyond {widest:.0f}")
+        arms = f"{beyond} arm{'s' * (beyond > 1)}"
+        axes.set_xlabel(f"KL to the reference ({KL_UNIT}); {arms} ended beyond {1.08 * widest:.1f}")
     marks = [
         Line2D([], [], color="black", linestyle="--", label="limit: tilted reference"),
         Line2D([], [], color=OTHER, marker="o", linestyle="", label="end of each run, held out"),
     ]
-    _legend(figure, c.arms, marks)
+    _legend(figure, c.featured, marks)
     return ["arm", "seed", "update", "ref_kl", "score", "beta"], rows
 
 
 def _draw_trust_region(figure: Figure, c: Comparison) -> Table:
     figure.set_size_inches(8.4, 7.2)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _panel(upper, "KL of each update (log scale)", "", KL_UNIT)
+    _panel(upper, "KL of each update, largest over seeds (log scale)", "", KL_UNIT)
     _panel(lower, "KL to the reference; dashed: budget", "update", KL_UNIT)
     upper.set_yscale("log")
     upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     upper.yaxis.set_minor_formatter(NullFormatter())
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = ["trust_region/kl", "line_search/trials", "line_search/accepted", "objective/ref_kl"]
     rows = []
     for arm in c.arms:
         for run in arm.runs:
-            update, kl = _column(run.rows, "update"), _column(run.rows, names[0])
             rows += [[arm.name, run.seed, row["update"], *map(row.get, names)] for row in run.rows]
-            if arm not in c.featured:
-                continue
-            kl[kl <= 0] = np.nan
-            upper.plot(update, kl, color=arm.colour, linestyle=arm.style, linewidth=0.9, alpha=0.8)
-            rejected = _column(run.rows, names[2]) == 0
-            backtracked = (_column(run.rows, names[1]) > 1) & ~rejected
-            upper.plot(update[backtracked], kl[backtracked], "v", color="white", markersize=5,
-                       markeredgecolor=arm.colour)  # fmt: skip
-            if rejected.any():
+        if arm not in c.featured or not any(run.rows for run in arm.runs):
+            continue
+        look = {"color": arm.colour, "linestyle": arm.style}
+        kls = _stacked(arm, names[0])
+        kls[~(kls > 0)] = np.nan
+        updates = np.arange(1, kls.shape[1] + 1)
+        upper.plot(updates, np.fmax.reduce(kls), linewidth=1, **look)
+        for run in arm.runs:
+            update, ref_kl = _column(run.rows, "update"), _column(run.rows, names[3])
+            lower.plot(update, ref_kl, linewidth=0.9, **look)
+            rejected = update[_column(run.rows, names[2]) == 0]
+            if len(rejected):
                 (marks,) = upper.plot(
-                    update[rejected], np.full(rejected.sum(), 0.02), "x", color=arm.colour,
-                    markersize=7, clip_on=False, transform=upper.get_xaxis_transform(),
+                    rejected, np.full(len(rejected), 0.02), "x", color=arm.colour, markersize=7,
+                    clip_on=False, transform=upper.get_xaxis_transform(),
                 )  # fmt: skip
                 marks.set_in_layout(False)
-            lower.plot(
-                update, _column(run.rows, names[3]), color=arm.colour, linestyle=arm.style,
-                linewidth=0.9,
-            )  # fmt: skip
-        if arm in c.featured and arm.asked_kl:
+        if arm.asked_kl:
             lower.axhline(arm.asked_kl, color=arm.colour, linestyle=(0, (6, 3)), linewidth=1)
-    for limit in sorted({arm.spec["max_kl"] for arm in c.featured if arm.spec.get("max_kl")}):
+    limits = sorted({arm.spec["max_kl"] for arm in c.featured if arm.spec.get("max_kl")})
+    for limit in limits:
         upper.axhline(limit, color="black", linestyle="--", linewidth=1)
-        upper.annotate(
-            f"max_kl = {number(limit)}", (0, limit), xycoords=("axes fraction", "data"),
-            xytext=(5, 3), textcoords="offset points", fontsize=9,
-        ).set_in_layout(False)  # fmt: skip
     top = [v for a in c.featured for r in a.runs for v in _column(r.rows, names[3]) if v == v]
     top += [arm.asked_kl for arm in c.featured if arm.asked_kl]
     lower.set_ylim(0, 1.05 * min(max(top, default=0.0), RUNAWAY_KL) or 1.0)
+    told = ", ".join(number(limit) for limit in limits)
     signs = [
-        Line2D([], [], color="white", markeredgecolor=OTHER, marker="v", linestyle="",
-               label="backtracked"),
-        Line2D([], [], color=OTHER, marker="x", linestyle="", label="rejected: nothing moved"),
-    ]  # fmt: skip
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"max_kl = {told}")
+    ] * bool(limits) + [
+        Line2D([], [], color=OTHER, marker="x", linestyle="", label="rejected: nothing moved")
+    ]
     _legend(figure, c.featured, signs)
     return ["arm", "seed", "update", *names], rows
 
@@ -437,6 +466,7 @@ def _draw_prediction(figure: Figure, c: Comparison) -> Table | None:
         (kl, names[2], names[3], "KL of a step", KL_UNIT),
     ):
         _agreement(axes, everything, f"trust_region/{x}", f"trust_region/{y}", title, unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     rows = [
         [arm.name, run.seed, row["update"], *(row.get(f"trust_region/{n}") for n in names)]
         for arm in arms for run in arm.runs for row in run.rows
@@ -501,9 +531,11 @@ def _scores(run: Run) -> dict[str, np.ndarray]:
 FIGURES: dict[str, tuple[Callable[[Figure, Comparison], Table | None], str]] = {
     "frontier": (
         _draw_frontier,
-        "Small dots are updates (training prompts, before the step), lines their running mean, "
-        "circles the trained policies on held-out prompts, numbers the mean of an arm. No policy "
-        "can lie above the dashed line: it is the reference reweighted by its own scores.",
+        "Small dots are updates (training prompts, before the step), thin lines their running mean "
+        "in each run, thick lines the mean over seeds; circles are the trained policies on "
+        "held-out prompts, numbers the mean of an arm. No policy can lie above the dashed line: "
+        "it is the reference reweighted by its own scores. Of many arms only some are drawn in "
+        "full: those told a KL, and of each other algorithm the arm that scores best at these KLs.",
     ),
     "trust_region": (
         _draw_trust_region,

@@ -2,7 +2,7 @@
 
 Pictures are inside, there is no script, and all text is escaped. What it shows is `comparison`'s. A
 comparison that is still running, or of last year, can be drawn again:
-`python -m trpo_lm.comparison_page FOLDER`.
+`python -m trpo_lm.comparison_page FOLDER`, and with `--frontier FILE.png` its first figure alone.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import argparse
 import base64
 import csv
 import html
-import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from trpo_lm.comparison import (
     FIGURES,
+    MANY,
     RUNAWAY_KL,
     Arm,
     Comparison,
@@ -53,6 +54,7 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: rig
        vertical-align: top; font-variant-numeric: tabular-nums; }
 th { color: #555; font-weight: 600; vertical-align: bottom; }
 td.t, th.t { text-align: left; } td.t:first-child { white-space: nowrap; }
+small { display: block; color: #777; font-size: .8rem; white-space: nowrap; }
 .key { display: inline-block; min-width: 1.4em; border-radius: 1em; color: #fff; text-align: center;
        font-size: .78rem; padding: 0 .25em; }
 """
@@ -74,7 +76,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 3
     """Return an HTML table; everything is escaped, numbers stand to the right."""
     texts = [
         any(
-            isinstance(row[i], str) and row[i] and not row[i][0].isdigit() and row[i] != NONE
+            isinstance(row[i], str)
+            and row[i] not in ("", NONE)
+            and not row[i].lstrip("+-")[:1].isdigit()
             for row in rows
         )
         for i in range(len(header))
@@ -91,38 +95,60 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 3
     return f"<div class=wide><table>\n{line('th', header)}\n{body}\n</table></div>"
 
 
-def _key(arm: Arm) -> _Html:
+def _badge(arm: Arm) -> _Html:
     colour = "#" + "".join(f"{round(255 * x):02x}" for x in arm.colour)
-    badge = f'<span class=key style="background:{colour}">{arm.number}</span>'
-    return _Html(f"{badge} {html.escape(clean(arm.name))}")
+    return _Html(f'<span class=key style="background:{colour}">{arm.number}</span>')
 
 
-def _spread(values: np.ndarray, digits: int = 3) -> str:
-    """Return 'mean [low, high]'."""
-    low, high = bootstrap_interval(values)
+def _key(arm: Arm) -> _Html:
+    return _Html(f"{_badge(arm)} {html.escape(clean(arm.name))}")
+
+
+def _spread(values: np.ndarray, digits: int = 3) -> _Html:
+    """Return the mean, and its interval below it."""
     middle = mean(values)
     if not np.isfinite(middle):
-        return NONE
-    shown = f"{middle:.{digits}f}"
-    return shown if low != low else f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
+        return _Html(NONE)
+    return _Html(f"{middle:.{digits}f}{_interval(*bootstrap_interval(values), f'.{digits}f')}")
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    return f"<small>[{low:{form}}, {high:{form}}]</small>" if low == low else ""
 
 
 def _headline(rows: list[dict[str, Any]]) -> str:
-    items = []
-    for row in rows:
-        sure = row["low"] > 0 or row["high"] < 0
-        interval = f", interval [{row['low']:+.3f}, {row['high']:+.3f}]" * (
-            row["low"] == row["low"]
+    """Compare each of the first algorithm's arms with all others' best, and with each one's."""
+    if not rows:
+        return ""
+    arms = list(dict.fromkeys(row["arm"].number for row in rows))
+    of_arm = {n: [row for row in rows if row["arm"].number == n] for n in arms}
+    best = [max(found, key=lambda row: row["rival_score"]) for found in of_arm.values()]
+    algorithm = rows[0]["arm"].algorithm
+    header = ["arm", "KL, nats", "score", "best other arm there", "its KL", "its score",
+              "difference"]  # fmt: skip
+
+    def table(rows: list[dict[str, Any]]) -> str:
+        return _table(header, [
+            [
+                _key(row["arm"]), f"{row['ref_kl']:.2f}", row["score"], _key(row["rival"]),
+                f"{row['rival_ref_kl']:.2f}", row["rival_score"],
+                _Html(f"{row['difference']:+.3f}{_interval(row['low'], row['high'], '+.3f')}"),
+            ]
+            for row in rows
+        ])  # fmt: skip
+
+    return (
+        f"<h2>At equal KL to the reference: {_cell(algorithm)} less the best other arm</h2>"
+        + table(best)
+        + _note(
+            "Mean scores on training prompts. The other arm is taken where it last had the KL at "
+            "which the first one ended, seed by seed; where its KL is less, it never came that "
+            "far. It is chosen after the fact, which favours whoever has more arms."
         )
-        verdict = (
-            ("is ahead by" if row["difference"] > 0 else "is behind by") if sure else "differs by"
-        )
-        items.append(
-            f"<li>At {row['ref_kl']:.2f} nats {_key(row['arm'])} has {row['score']:.3f} and "
-            f"{verdict} {row['difference']:+.3f}{interval} from {_key(row['rival'])} "
-            f"({row['rival_score']:.3f}).</li>"
-        )
-    return f"<ul>{''.join(items)}</ul>" if items else ""
+        + "<details><summary>Against the best arm of each algorithm</summary>"
+        + table(rows)
+        + "</details>"
+    )
 
 
 def _results(c: Comparison) -> str:
@@ -131,7 +157,8 @@ def _results(c: Comparison) -> str:
     for arm in c.arms:
         score, kl = arm.values("score"), arm.values("ref_kl")
         limit = c.limit_at(mean(kl))
-        gained = (mean(score) - base["score"]) / (limit - base["score"])
+        gain = limit - base["score"]
+        gained = (mean(score) - base["score"]) / gain if gain > 0 else float("nan")
         asked = arm.asked_kl
         rows.append(
             [
@@ -142,15 +169,19 @@ def _results(c: Comparison) -> str:
         )  # fmt: skip
     header = ["arm", "seeds", "held-out score", "KL to the reference, nats", "asked for",
               "of what is possible at that KL"]  # fmt: skip
-    return _table(header, rows)
+    return _table(header, rows) + _note(
+        "Below each mean its 95% interval over seeds. What is possible: the score that the limit "
+        f"gains over the reference at that KL; it is known up to {c.limit_kl:.1f} nats."
+    )
 
 
 def _aftermath(c: Comparison) -> str:
     base = c.reference["held_out"]
     columns = {
-        "judge": ("judge's score", 3), "nll": ("nats per token on the reference's text", 3),
-        "entropy": ("entropy, nats per token", 2), "distinct_2": ("distinct pairs of tokens", 3),
-        "duplicates": ("repeated completions", 3), "length": ("tokens", 1),
+        "judge": ("judge's score", 3), "nll": ("loss on the reference's text, nats per token", 3),
+        "entropy": ("entropy, nats per token", 2),
+        "distinct_2": ("distinct pairs of tokens, share", 3),
+        "duplicates": ("repeated completions, share", 3), "length": ("length, tokens", 1),
     }  # fmt: skip
     rows: list[list[Any]] = [
         [_Html("reference"), *(_cell(base[k], d) for k, (_, d) in columns.items())]
@@ -200,7 +231,7 @@ def _settings(c: Comparison) -> str:
     shown = [[n, *(str(spec[n]) if n in spec else NONE for spec in specs.values())] for n in own]
     both = [[n, str(c.arms[0].spec[n])] for n in common]
     return (
-        _table(["setting", *(_key(arm) for arm in c.arms)], shown)
+        _table(["setting", *map(_key if len(c.arms) <= MANY else _badge, c.arms)], shown)
         + "<details><summary>Settings that all arms share</summary>"
         + _table(["setting", "value"], both) + "</details>"
     )  # fmt: skip
@@ -232,16 +263,14 @@ def write_page(folder: str | Path) -> Path:
     c = load_comparison(folder)
     frontier, *figures = _figures(c, folder / "figures")
     _write_csv(folder / "results.csv", _seeds(c))
-    nll = c.reference["held_out"]["nll"]
     parts = [
-        _introduction(c), _headline(at_equal_kl(c)), frontier,
+        _introduction(c), frontier, _headline(at_equal_kl(c)),
         "<h2>Results on held-out prompts</h2>", _results(c),
         "<h3>Did it end where it was asked to?</h3>", _promises(c),
         "<h2>What the KL is for</h2>",
         _note(
-            "A good policy pleases a judge that it was not trained on, still predicts the "
-            f"reference's own text (the reference: {nll:.3f} nats per token), and does not repeat "
-            "itself."
+            "A good policy pleases a judge that it was not trained on, has forgotten nothing (the "
+            "loss on text of the reference stays at the reference's), and does not repeat itself."
         ),
         _aftermath(c),
         "<h2>On the way</h2>", *figures,
@@ -271,22 +300,27 @@ def _figures(c: Comparison, folder: Path) -> list[str]:
     """Draw the figures that there are numbers for; return them as HTML."""
     folder.mkdir(exist_ok=True)
     made = []
-    for stem, (draw, caption) in FIGURES.items():
-        buffer = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
-            figure = Figure()
-            table = draw(figure, c)
-            if table is None:
-                continue
-            figure.savefig(buffer, format="png")
-        (folder / f"{stem}.png").write_bytes(buffer.getvalue())
+    for stem, (_, caption) in FIGURES.items():
+        table = _draw(stem, c, folder / f"{stem}.png")
+        if table is None:
+            continue
         _write_csv(folder / f"{stem}.csv", table)
-        image = base64.b64encode(buffer.getvalue()).decode()
+        image = base64.b64encode((folder / f"{stem}.png").read_bytes()).decode()
         made.append(
             f'<figure><img alt="{stem}" src="data:image/png;base64,{image}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
     return made
+
+
+def _draw(stem: str, c: Comparison, file: Path) -> Table | None:
+    """Draw one figure; None, and no file, where there is nothing to draw."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure()
+        table = FIGURES[stem][0](figure, c)
+        if table is not None:
+            figure.savefig(file, format="png")
+    return table
 
 
 def _introduction(c: Comparison) -> str:
@@ -320,9 +354,10 @@ def _promises(c: Comparison) -> str:
 def _every_run(c: Comparison) -> str:
     arms = [arm for arm in c.arms for _ in arm.runs]
     rows = [[_key(arm), *row[1:]] for arm, row in zip(arms, _seeds(c)[1], strict=True)]
-    header = ["arm", "seed", "score", "KL, nats", "judge", "nll", "distinct pairs", "repeated",
+    header = ["arm", "seed", "score", "KL, nats", "judge", "loss", "distinct pairs", "repeated",
               "largest KL of an update", "rejected steps", "fault"]  # fmt: skip
-    return _table(header, rows)
+    shown = slice(None if any(row[-1] for row in rows) else -1)
+    return _table(header[shown], [row[shown] for row in rows])
 
 
 def _note(text: str) -> str:
@@ -342,8 +377,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m trpo_lm.comparison_page", description=main.__doc__
     )
     parser.add_argument("folder", help="output_dir of recipes/compare.py")
+    parser.add_argument(
+        "--frontier", metavar="FILE.png", type=Path,
+        help="draw only the frontier, with few arms, into this file",
+    )  # fmt: skip
+    args = parser.parse_args(arguments)
     try:
-        print(write_page(parser.parse_args(arguments).folder))
+        if args.frontier is None:
+            print(write_page(args.folder))
+        else:
+            c = load_comparison(args.folder)
+            _draw("frontier", replace(c, arms=c.featured), args.frontier)
+            print(args.frontier)
     except TrpoLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

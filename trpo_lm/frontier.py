@@ -107,7 +107,7 @@ def probe(
     rollout: Rollout,
     text: Rollout,
     *,
-    micro_batch_size: int,
+    micro_batch_size: int | None,
     judge: Judge | None = None,
 ) -> dict[str, float | None]:
     """Measure a policy on its own held-out completions and on the reference's.

@@ -18,16 +18,21 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trpo_lm.config import TrainerConfig, describe
+from peft import PeftModel
+
+from trpo_lm.config import TrainerConfig, TRLSettings, describe
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.frontier import limit_curve, probe, reference_scores
 from trpo_lm.mdp import Rollout
+from trpo_lm.policy import load_model
 from trpo_lm.prompts import Prompts
-from trpo_lm.rewards import RewardModel
-from trpo_lm.trainer import FREE, Algorithm, Trainer
+from trpo_lm.reward_models import RewardModel
+from trpo_lm.trainer import FREE, Algorithm, Trainer, quiet_loading
+from trpo_lm.trl_arms import check_trl, train_with_trl
 
 SHOWN = 8  # held-out samples kept of each run
 
@@ -40,14 +45,14 @@ class Arm:
         name: As it was asked for: `ppo beta=0.1`.
         algorithm: First word of the name: arms of one algorithm form a family.
         given: The settings that were asked for, as text.
-        rule: The update rule with all its settings.
+        rule: The update rule with all its settings, or those of TRL's trainer.
         args: The trainer's settings; seed and folder are set here.
     """
 
     name: str
     algorithm: str
     given: dict[str, str]
-    rule: Algorithm
+    rule: Algorithm | TRLSettings
     args: TrainerConfig
 
 
@@ -121,7 +126,7 @@ class Sweep:
         limit_samples: Samples of the reference for each of them.
 
     Raises:
-        TrpoLMError: If two arms share a name.
+        TrpoLMError: If two arms share a name, or one needs TRL where it cannot run.
     """
 
     def __init__(
@@ -142,10 +147,13 @@ class Sweep:
         names = [arm.name for arm in arms]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise TrpoLMError(f"arm {twice[0]!r} is there twice", where="arms")
+        if any(isinstance(arm.rule, TRLSettings) for arm in arms):
+            check_trl()
         self.model, self.reward, self.prompts, self.held_out = model, reward, prompts, held_out
         self.args, self.arms, self.seeds = args, arms, seeds
         self.folder = Path(args.output_dir)
-        self.judge = RewardModel(judge) if judge is not None else None
+        with quiet_loading():
+            self.judge = RewardModel(judge) if judge is not None else None
         self.completions = completions
         self.limit_prompts, self.limit_samples = limit_prompts, limit_samples
         self.main = os.environ.get("RANK", "0") == "0"
@@ -194,17 +202,25 @@ class Sweep:
         spec = {**self.common, **own, "algorithm": arm.algorithm, **describe(arm.rule)}
         self.progress.start(f"{arm.name}, seed {seed}")
         before = self.progress.done
-        if self._finished(folder / "result.json", spec):
+        if self._finished(folder / "result.json", spec, arm.rule):
             self.progress.done = before + self.args.updates
             return
         result: dict[str, Any] = {
             "spec": spec, "arm": arm.name, "algorithm": arm.algorithm, "given": arm.given,
             "seed": seed,
         }  # fmt: skip
-        trainer = self._trainer(replace(arm.args, seed=seed, output_dir=str(folder)), arm.rule)
-        passes = _count_passes(trainer)
+        args, rule = replace(arm.args, seed=seed, output_dir=str(folder)), arm.rule
+        if isinstance(rule, TRLSettings):
+            trainer = self._trainer(args)
+            with quiet_loading():
+                model = load_model(self.model, bf16=args.bf16)
+            train = partial(train_with_trl, trainer, model, rule, arm.algorithm)
+        else:
+            trainer = self._trainer(args, rule)
+            train, model = trainer.train, trainer.policy.model
+        passes = _count_passes(model)
         try:
-            rows = trainer.train()
+            rows = train()
             size = arm.args.prompts_per_update * arm.args.completions_per_prompt
             resumed = len(rows) < self.args.updates
             result["passes"] = None if resumed else passes[0] / (size * len(rows))
@@ -254,16 +270,17 @@ class Sweep:
         ]
         return {"held_out": found, "samples": samples[:SHOWN]}
 
-    def _finished(self, file: Path, spec: dict[str, Any]) -> bool:
+    def _finished(self, file: Path, spec: dict[str, Any], rule: Any = None) -> bool:
         """Say whether a result is there, made with the same settings."""
         if not file.is_file():
             return False
         old = json.loads(file.read_text(encoding="utf-8"))["spec"]
         new = json.loads(json.dumps(spec))
+        # A setting that is younger than the result had its default.
+        defaults = describe(TrainerConfig()) | ({} if rule is None else describe(type(rule)()))
+        old = {name: defaults.get(name) for name in new} | old
         changed = [
-            f"{name}: {old.get(name)} -> {new.get(name)}"
-            for name in {**old, **new}
-            if old.get(name) != new.get(name)
+            f"{name}: {old[name]} -> {new.get(name)}" for name in old if old[name] != new.get(name)
         ]
         if changed:
             raise TrpoLMError(
@@ -282,13 +299,14 @@ class Sweep:
         os.replace(new, file)
 
 
-def _count_passes(trainer: Trainer) -> list[int]:
-    """Count completions that go through the model outside sampling; the list holds the number."""
+def _count_passes(model: Any) -> list[int]:
+    """Count completions that go through a model outside sampling; the list holds the number."""
     rows = [0]
 
     def count(module: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("use_cache") is False:  # sampling uses the cache
             rows[0] += kwargs["input_ids"].shape[0]
 
-    trainer.policy.base.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.base_model.register_forward_pre_hook(count, with_kwargs=True)
     return rows
