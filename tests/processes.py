@@ -46,7 +46,7 @@ class Running:
         self.process.start()
         theirs.close()
 
-    def result(self, timeout=60):
+    def result(self, timeout=180):
         """Return (True, value), (False, (type, exit code, message)) or (None, exit status)."""
         try:
             if not self.pipe.poll(timeout):
@@ -63,7 +63,7 @@ class Running:
             os.kill(self.process.pid, signal.SIGKILL)
 
 
-def run(function, *args, timeout=60, log=os.devnull):
+def run(function, *args, timeout=180, log=os.devnull):
     return Running(function, args, log=log).result(timeout)
 
 
@@ -93,6 +93,6 @@ def start_ranks(count, function, *args, logs=None):
     ]
 
 
-def ranks(count, function, *args, timeout=60, logs=None):
+def ranks(count, function, *args, timeout=180, logs=None):
     """Return what every rank returned or raised."""
     return [p.result(timeout) for p in start_ranks(count, function, *args, logs=logs)]

@@ -34,6 +34,7 @@ BROKEN_TRAINER = {
     "eval_prompts": [0], "save_steps": [-1], "save_total_limit": [0], "seed": [-1, 0.5],
     "truncate_prompts": ["right"], "critic": ["learned"], "on_bad_reward": ["ignore"],
     "reward_weights": [[], [0.0], [math.nan, 1.0], [1.0, "x"]], "reward_timeout": [0, -1.0],
+    "ddp_timeout": [0, math.inf],
 }  # fmt: skip
 
 

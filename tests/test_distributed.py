@@ -1,4 +1,4 @@
-"""Several processes with a real gloo group: cases D01-D05, D08 and the rest of X08."""
+"""Several processes with a real gloo group: cases D01-D05, D07, D08 and the rest of X08."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import torch
 from runs import checkpoints, checksum, trainer
 
 import trpo_lm.checkpoint
+import trpo_lm.trpo
 from trpo_lm.advantages import returns
 from trpo_lm.critic import PrefixCritic, ValueHead
 from trpo_lm.mdp import measure
@@ -152,9 +153,16 @@ def train_with(folder, options, special):
     def score(completions, log_metric):
         calls.append(1)
         log_metric("rank", float(os.environ.get("RANK", 0)))
-        return reward(completions) if len(calls) > 1 else runs.score(completions)
+        if len(calls) == 1:
+            return runs.score(completions)
+        if reward is not runs.score:
+            (folder / "special").touch()
+        return reward(completions)
 
-    return train(folder, reward=score, **options)
+    try:
+        return train(folder, reward=score, **options)
+    finally:
+        (folder / f"end{os.environ.get('RANK', 0)}").touch()
 
 
 def abstain(completions):
@@ -216,9 +224,9 @@ def train_apart(folder):
 
 @pytest.mark.parametrize(("rank", "name"), [(0, "broken"), (1, "infinite")])
 def test_D04_one_ranks_exception_is_everyones(tmp_path, rank, name):
-    start = time.perf_counter()
     answers = processes.ranks(2, train_with, tmp_path, {"save_steps": 0}, (rank, name))
-    assert time.perf_counter() - start < 10
+    times = [(tmp_path / f).stat().st_mtime for f in ("special", "end0", "end1")]
+    assert max(times) - times[0] < 10
     what = "raised KeyError: 'label'" if name == "broken" else "returned inf for sample 0"
     messages = {message for _, (_, _, message) in answers}
     assert len(messages) == 1
@@ -227,6 +235,66 @@ def test_D04_one_ranks_exception_is_everyones(tmp_path, rank, name):
         assert (ok, kind, code) == (False, "RunFault", 3)
         assert f"rank {rank}" in message and "saved checkpoint-000001" in message
     assert runs.rows(tmp_path)[0]["policy/checksum"] == checksum(tmp_path)
+
+
+def train_full(folder, rank, times):
+    """The memory of a rank is full in its first Fisher products."""
+    left = [times]
+    real = trpo_lm.trpo.conjugate_gradient
+
+    def solve(matvec, *args, **options):
+        def product(v):
+            left[0] -= 1
+            if left[0] >= 0:
+                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+            return matvec(v)
+
+        return real(product, *args, **options)
+
+    if int(os.environ["RANK"]) == rank:
+        trpo_lm.trpo.conjugate_gradient = solve
+    return train(folder, updates=2, save_steps=0, micro_batch_size=4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_D04_memory_that_is_full_on_one_rank_only(tmp_path, rank):
+    same(processes.ranks(2, train_full, tmp_path / "a", rank, 1))
+    log = tmp_path / "log"
+    log.mkdir()
+    for ok, (kind, code, message) in processes.ranks(
+        2, train_full, tmp_path / "b", rank, 2, logs=log
+    ):
+        assert (ok, kind, code) == (False, "RunFault", 3)
+        assert "the memory of the device is full: tried to allocate 2 GiB" in message
+        assert f"rank {rank}" in message and "lower micro_batch_size" in message
+        assert "saved checkpoint-000000" in message
+    assert "out of memory: micro_batch_size is 2 now" in (log / "rank0.log").read_text()
+    assert (log / "rank1.log").read_text().count("out of memory") <= 1  # the traceback's
+
+
+def train_late(folder, gone):
+    """Rank 1 does not come to the line search before rank 0 has given up."""
+    real, rank = trpo_lm.trpo.backtrack, int(os.environ["RANK"])
+
+    def late(*args, **options):
+        while rank == 1 and not gone.exists():
+            time.sleep(0.1)
+        return real(*args, **options)
+
+    trpo_lm.trpo.backtrack = late
+    try:
+        train(folder, updates=2, ddp_timeout=20)
+    finally:
+        gone.touch()
+
+
+def test_D07_a_rank_that_does_not_come_is_told_with_what_the_others_were_doing(tmp_path):
+    answers = processes.ranks(2, train_late, tmp_path / "run", tmp_path / "gone")
+    for rank, (ok, (kind, code, message)) in enumerate(answers):
+        assert (ok, kind, code) == (False, "RunFault", 3)
+        assert f"rank {rank} got no answer from the others" in message
+        assert "trainer.train_step > line_search.backtrack > trpo.at > " in message
+        assert "ddp_timeout" in message and "go on from the newest checkpoint" in message
 
 
 def test_C06_a_mistake_that_rank_0_finds_is_everyones(tmp_path):
@@ -297,26 +365,49 @@ print("rank", os.environ["RANK"], "ends with", made.policy.parameters.checksum()
 """
 
 
+ACCELERATE = ["accelerate.commands.launch", "--mixed_precision=no", "--dynamo_backend=no",
+              "--main_process_port={port}", "--num_processes=2"]  # fmt: skip
+TORCHRUN = ["torch.distributed.run", "--master_port={port}"]
 LAUNCHERS = {
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-                   "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
-                   "--main_process_port"],
-    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port"],
-    "accelerate on the cpu": ["accelerate.commands.launch", "--cpu", "--num_processes=2",
-                              "--main_process_port"],
+    "accelerate": [*ACCELERATE, "--multi_gpu", "--num_machines=1"],
+    "torchrun": [*TORCHRUN, "--nproc_per_node=2"],
+    "accelerate on the cpu": [*ACCELERATE, "--cpu"],
+    "accelerate with a config": [*ACCELERATE, "--config_file={config}"],
+}
+NODES = {
+    "accelerate": [*ACCELERATE, "--multi_gpu", "--num_machines=2", "--machine_rank={node}",
+                   "--main_process_ip=127.0.0.1"],
+    "torchrun": [*TORCHRUN, "--nproc_per_node=1", "--nnodes=2", "--node_rank={node}",
+                 "--master_addr=127.0.0.1"],
 }  # fmt: skip
+CONFIG = """compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
 
 
-def launch(launcher, folder, rank, log):
-    script = log.with_suffix(".py")
-    script.write_text(SCRIPT.format(here=str(HERE), rank=rank, folder=str(folder)))
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(processes.free_port()), str(script)]
+def start(words, script, log, **places):
+    """Start a launcher; what it prints goes to the log."""
+    command = [sys.executable, "-m", *(word.format(**places) for word in words), str(script)]
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(log, "w") as out:
-        return subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, timeout=150, env=environment
-        ).returncode
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+
+
+def write_script(log, folder, rank):
+    script, config = log.with_suffix(".py"), log.with_suffix(".yaml")
+    script.write_text(SCRIPT.format(here=str(HERE), rank=rank, folder=str(folder)))
+    config.write_text(CONFIG)
+    return script
+
+
+def launch(launcher, folder, rank, log):
+    script = write_script(log, folder, rank)
+    places = {"port": processes.free_port(), "config": log.with_suffix(".yaml")}
+    return start(LAUNCHERS[launcher], script, log, **places).wait(300)
 
 
 def alive(script):
@@ -349,8 +440,26 @@ def test_D02_D05_under_accelerate_launch_with_a_rank_that_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(tmp_path):
+@pytest.mark.parametrize("launcher", list(NODES))
+def test_two_launchers_are_two_nodes_of_one_run(tmp_path, launcher):
+    folder, port = tmp_path / "run", processes.free_port()
+    script = write_script(tmp_path / "launch.log", folder, "none")
+    logs = [tmp_path / f"node{node}.log" for node in range(2)]
+    nodes = [
+        start(NODES[launcher], script, log, port=port, node=node) for node, log in enumerate(logs)
+    ]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    told = [log.read_text() for log in logs]
+    for node, text in enumerate(told):
+        assert f"rank {node} ends with {checksum(folder)}" in text
+    assert "update 6/6" in told[0] and "update" not in told[1]
+    assert [row["completions"] for row in runs.rows(folder)] == list(range(14, 85, 14))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate on the cpu", "accelerate with a config"])
+def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(tmp_path, launcher):
     log = tmp_path / "launch.log"
-    assert launch("accelerate on the cpu", tmp_path / "run", "none", log) != 0
+    assert launch(launcher, tmp_path / "run", "none", log) != 0
     assert "several processes were asked for, and this one is alone" in log.read_text()
     assert "torchrun --nproc_per_node N" in log.read_text()

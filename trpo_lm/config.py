@@ -150,6 +150,23 @@ class PPOSettings:
 
 
 @dataclass(frozen=True)
+class TRLSettings:
+    """What a comparison sets of TRL's own trainers; everything else is TRL's default."""
+
+    learning_rate: float = option(1e-3, "AdamW's step size; falls linearly to 0, TRL's default")
+    beta: float = option(0.0, "price of the reference KL, as TRL means it")
+
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "learning_rate": (_number(self.learning_rate, above=0), "a number above 0"),
+                "beta": (_number(self.beta, least=0), "a number of at least 0"),
+            },
+        )
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """Everything about a run that is not the update rule."""
 
@@ -166,10 +183,17 @@ class TrainerConfig:
     truncate_prompts: str = option(
         "error", "a prompt too long for the model: 'error', or 'left' to drop its beginning"
     )
-    micro_batch_size: int = option(64, "completions per forward pass; changes memory, not results")
+    micro_batch_size: int | None = option(
+        None,
+        "completions per forward pass; changes memory, not results; default: 64, or the power of "
+        "two that fits in memory",
+    )
     critic: str = option("auto", "'auto', 'prefix', 'value_head' or 'none'")
     prefix_stride: int = option(
         1, "score every k-th prefix with an encoder reward model, interpolating between"
+    )
+    allow_untrained_reward_head: bool = option(
+        False, "accept a reward model whose files hold no trained head"
     )
     reward_weights: list[float] | None = option(None, "one weight for each reward function")
     on_bad_reward: str = option(
@@ -177,6 +201,11 @@ class TrainerConfig:
     )
     reward_timeout: float | None = option(
         None, "seconds after which a reward function is killed; runs functions in worker processes"
+    )
+    ddp_timeout: float | None = option(
+        None,
+        "seconds that a process waits for the others, longer than the slowest reward takes; "
+        "default: torch's, 1800 with gloo and 600 with NCCL",
     )
     bf16: bool = option(
         False, "load the frozen base in bfloat16; LoRA, KL and solver stay in float32"
@@ -201,7 +230,7 @@ class TrainerConfig:
     def __post_init__(self):
         least = {
             "seed": 0, "updates": 1, "prompts_per_update": 1, "completions_per_prompt": 1,
-            "max_completion_length": 1, "micro_batch_size": 1, "prefix_stride": 1,
+            "max_completion_length": 1, "prefix_stride": 1,
             "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1, "save_steps": 0,
             "save_total_limit": 1,
         }  # fmt: skip
@@ -214,6 +243,10 @@ class TrainerConfig:
             }
             | {
                 "temperature": (_number(self.temperature, above=0), "a number above 0"),
+                "micro_batch_size": (
+                    self.micro_batch_size is None or _whole(self.micro_batch_size, 1),
+                    "None or a whole number of at least 1",
+                ),
                 "truncate_prompts": (
                     self.truncate_prompts in ("error", "left"),
                     "'error' or 'left'",
@@ -227,10 +260,13 @@ class TrainerConfig:
                     weights is None or (all(_number(w) for w in weights) and any(weights)),
                     "finite numbers, not all zero",
                 ),
-                "reward_timeout": (
-                    self.reward_timeout is None or _number(self.reward_timeout, above=0),
-                    "a number of seconds above 0, or None",
-                ),
+            }
+            | {
+                name: (value is None or _number(value, above=0), "seconds above 0, or None")
+                for name, value in {
+                    "reward_timeout": self.reward_timeout,
+                    "ddp_timeout": self.ddp_timeout,
+                }.items()
             },
         )
 
