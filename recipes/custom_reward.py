@@ -8,6 +8,7 @@ function can judge unfinished text as well, which makes it a critic: learning is
 faster with it, and correct without it.
 """
 
+import os
 from pathlib import Path
 
 from trpo_lm.cli import main, parse
@@ -18,6 +19,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 def run():
     (args,) = parse((TrainerConfig,), description=__doc__)
+    if os.environ.get("RANK", "0") == "0":
+        print("trpo_lm: loading torch and transformers ...", flush=True)
     from trpo_lm import TRPO, Trainer
     from trpo_lm.rewards import scores_prefixes
 

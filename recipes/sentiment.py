@@ -31,6 +31,9 @@ class Arguments:
     reward_model: str = option(
         str(DATA / "reward_model"), "sequence classifier: folder or hub id; it scores in [0, 1]"
     )
+    reward_function: str | None = option(
+        None, "module:callable to import as the reward instead of the reward model; runs its code"
+    )
     dataset: str = option(
         str(DATA / "prompts_train.jsonl"), "prompts: .jsonl, .csv, .txt, or a hub id"
     )
@@ -60,12 +63,19 @@ class Distances(TRPOSettings):
 def run() -> None:
     """Parse, train, save, and show what changed."""
     arguments, args, settings = parse((Arguments, Run, Distances), description=__doc__)
-    if os.environ.get("RANK", "0") == "0":
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
         print("trpo_lm: loading torch and transformers ...", flush=True)
 
     from trpo_lm import TRPO, Trainer
     from trpo_lm.prompts import load_prompts
+    from trpo_lm.rewards import load_reward
 
+    reward = arguments.reward_model
+    if arguments.reward_function is not None:
+        reward = load_reward(arguments.reward_function)
+        if main_process:
+            print(f"reward function: {arguments.reward_function}", flush=True)
     prompts = load_prompts(arguments.dataset, column=arguments.prompt_column)
     if arguments.eval_dataset is not None:
         held_out = load_prompts(arguments.eval_dataset, column=arguments.prompt_column)
@@ -75,7 +85,7 @@ def run() -> None:
         prompts, held_out = prompts.split_off(256)
     Trainer(
         arguments.model,
-        arguments.reward_model,
+        reward,
         prompts,
         args,
         held_out,

@@ -26,6 +26,8 @@ from trpo_lm.checkpoint import (
     discard_checkpoints,
     load_checkpoint,
     newest_checkpoint,
+    recover_best,
+    save_best,
     save_checkpoint,
 )
 from trpo_lm.errors import RunFault, TrpoLMError
@@ -272,6 +274,78 @@ def test_X03_killed_at_random_times(tmp_path):
         loaded = load_checkpoint(newest)
         assert loaded.update == loaded.state["update"] == value_of(newest)
         assert not list(tmp_path.glob(".tmp-*"))
+
+
+# ---------------------------------------------------------------- the best policy
+
+
+def save_best_of(folder, update, score):
+    save_best(
+        folder, {"update": update, "score": score}, lambda p: (p / "x").write_text(str(update))
+    )
+
+
+def best_of(folder, update=99):
+    facts = recover_best(folder, update)
+    assert not list(folder.glob(".tmp-*"))
+    if facts is None:
+        assert not (folder / "best").exists()
+        return None
+    assert (folder / "best" / "x").read_text() == str(facts["update"])
+    return facts["update"]
+
+
+def test_a_better_policy_takes_the_place_of_the_best(tmp_path):
+    assert best_of(tmp_path) is None
+    for update, score in ((2, 0.5), (4, 0.6)):
+        save_best_of(tmp_path, update, score)
+        assert best_of(tmp_path) == update
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
+
+
+def test_a_best_policy_of_a_course_that_was_left_goes(tmp_path):
+    save_best_of(tmp_path, 4, 0.6)
+    assert best_of(tmp_path, update=4) == 4
+    assert best_of(tmp_path, update=3) is None
+
+
+@pytest.mark.parametrize("facts", ["", "[]", "{}", '{"update": 2}', '{"update": "2", "score": 1}'])
+def test_a_best_policy_that_says_nothing_of_itself_goes(tmp_path, facts):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "best.json").write_text(facts)
+    assert best_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_X07_killed_at_every_point_of_saving_the_best(tmp_path, first):
+    """Afterwards there is a whole one: the new one, or where that was not finished the old one."""
+    points = 0
+    for k in itertools.count(1):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        if not first:
+            save_best_of(folder, 2, 0.5)
+        code = in_child(lambda: save_best_of(folder, 4, 0.6), f"save:{k}")  # noqa: B023
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        points += 1
+        before = None if first else 2
+        assert best_of(folder) == (before if k == 1 else 4)  # from its last file on it is whole
+    assert points == (2 if first else 3)
+    assert best_of(folder) == 4
+
+
+def test_S09_a_disk_that_is_full_leaves_the_best_policy_before(tmp_path):
+    save_best_of(tmp_path, 2, 0.5)
+
+    def write(folder):
+        (folder / "x").write_text("4")
+        raise OSError(28, "No space left on device", "x")
+
+    with pytest.raises(RunFault, match="No space left on device"):
+        save_best(tmp_path, {"update": 4, "score": 0.6}, write)
+    assert best_of(tmp_path) == 2
 
 
 def test_newest_checkpoint_spares_the_work_of_a_living_process(tmp_path):

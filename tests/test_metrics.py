@@ -229,6 +229,27 @@ def test_text_of_models_is_shown_as_it_is(stream):
     assert shown.count("good") < 60 and "…" in shown
 
 
+def test_samples_are_plain_lines_off_a_terminal_and_a_table_on_one():
+    sample = {"prompt": "the film", "reference": "is bad", "policy": "is good", "score_after": 0.9}
+    plain, table = io.StringIO(), Terminal()
+    for stream in (plain, table):
+        Console(True, 40, stream).samples([sample], "samples of update 20")
+    assert plain.getvalue().splitlines()[1:] == [
+        "samples of update 20",
+        "  prompt              the film",
+        "  reference           is bad",
+        "  policy        0.90  is good",
+    ]
+    assert "before" not in table.getvalue() and "score" in table.getvalue()
+
+
+@pytest.mark.parametrize(("stream", "every"), [(io.StringIO(), 20), (Terminal(), 5)])
+def test_samples_are_shown_now_and_then(stream, every):
+    due = [u for u in range(1, 41) if Console(True, 40, stream).samples_due(u)]
+    assert due == list(range(every, 41, every))
+    assert not Console(False, 40, stream).samples_due(every)
+
+
 def test_a_terminal_gets_a_live_bar_and_its_cursor_back():
     shown = show_everything(Terminal())
     assert "\x1b[" in shown and "8/40" in shown

@@ -1,13 +1,40 @@
-"""The README's map: every file::symbol exists, every path it names is there."""
+"""The documents: every file::symbol exists, every link leads somewhere, every command is right."""
 
 import ast
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import trpo_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
+LAUNCHERS = {"python", "accelerate", "torchrun"}
+TOOLS = {"pip", "ruff", "pyright", "pytest"}
+
+
+def commands():
+    """Return (document, command) for every line of a code block that a shell would run."""
+    found = []
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in text.splitlines():
+            for part in line.split("&&") if line.startswith("    ") else ():
+                if part.split()[:1] and part.split()[0] in LAUNCHERS | TOOLS:
+                    found.append((document, shlex.join(shlex.split(part, comments=True))))
+    return sorted(set(found))
+
+
+COMMANDS = commands()
+RECIPES = [(d, c) for d, c in COMMANDS if "recipes/" in c]
+OTHERS = [(d, c) for d, c in COMMANDS if "recipes/" not in c]
 
 
 def test_it_fits_in_150_lines():
@@ -24,9 +51,11 @@ def test_every_symbol_of_the_map_exists(place):
         body = getattr(found[0], "body", [])
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
-def test_every_link_leads_somewhere(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
+def test_every_link_leads_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert ((ROOT / document).parent / path).exists(), path
 
 
 def test_the_annotated_tree_names_every_module():
@@ -35,6 +64,76 @@ def test_the_annotated_tree_names_every_module():
     assert modules <= named, modules - named
 
 
+def test_every_recipe_has_its_command():
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "recipes").rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        assert re.search(rf"^    .*\b{re.escape(name)}", text, re.M), name
+
+
 def test_python_examples_compile():
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
         compile(block, "README.md", "exec")
+
+
+def launch(words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=100, cwd=ROOT,
+        env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("document", "command"), RECIPES, ids=[c for _, c in RECIPES])
+def test_every_command_of_a_recipe_is_understood(document, command):
+    """One more flag, which there is not, must be all that is wrong with it."""
+    words = shlex.split(command)
+    script = next(word for word in words if word.startswith("recipes/"))
+    words = words[words.index(script) + 1 :]
+    source = (ROOT / script).read_text(encoding="utf-8")
+    compile(source, script, "exec")
+    if "trpo_lm.cli" in source:
+        done = launch([script, *words, "--no_such_setting"])
+        assert done.returncode == 2
+        error = done.stderr.splitlines()[0]
+        assert error.startswith("error: unknown setting 'no_such_setting'")
+    elif "argparse" in source:
+        done = launch([script, *words, "--no_such_setting"])
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].endswith("unrecognized arguments: --no_such_setting")
+    else:  # it takes no argument
+        assert words == []
+
+
+@pytest.mark.parametrize(("document", "command"), OTHERS, ids=[c for _, c in OTHERS])
+def test_every_other_command_names_what_there_is(document, command):
+    words = shlex.split(command)
+    if words[:2] == ["python", "-m"] and words[2].startswith("trpo_lm."):
+        assert (ROOT / "trpo_lm" / f"{words[2].split('.')[1]}.py").is_file()
+        done = launch(["-m", words[2], "--help"])
+        assert done.returncode == 0 and "usage: " in done.stdout
+        return
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if words[:2] == ["python", "-m"]:
+        words = words[2:]
+    assert words[0] in TOOLS
+    assert words[0] == "pip" or re.search(rf'"{words[0]}[=>]', settings), "not in the extra"
+    for word in words[1:]:
+        assert not word.startswith("tests/") or (ROOT / word).exists()
+    if "-m" in words:
+        named = set(re.findall(r"\w+", words[words.index("-m") + 1])) - {"not", "and", "or"}
+        assert named <= set(re.findall(r'^    "(\w+):', settings, re.M))
+
+
+@pytest.mark.slow
+def test_a_short_recipe_runs():
+    done = launch(["recipes/theory.py"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "every statement holds"
+
+
+def test_citation_and_changelog_name_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == trpo_lm.__version__ and citation["license"] == "MIT"
+    assert citation["cff-version"] == "1.2.0" and citation["authors"] and citation["message"]
+    assert f"## {trpo_lm.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -117,6 +117,27 @@ def test_a_folder_that_is_no_run_is_an_error_that_says_so(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: not YAML")
 
 
+def test_the_scores_of_the_first_the_middle_and_the_last_update(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert not any(path.stem == "scores" for path in plot_run(run))
+    for update in range(1, 6):
+        for i in range(8):  # update 5: seven ones and a zero; nothing is scored in update 2
+            score = None if update == 2 else float(i < update + 2)
+            append_json_line(run / "completions.jsonl", {"update": update, "score": score})
+    assert {path.name for path in plot_run(run)} >= {"scores.png", "scores.csv"}
+    rows = table(run / "plots" / "scores.csv")
+    assert list(rows[0]) == ["from", "to", "update 1", "update 4", "update 5"]
+    assert (float(rows[0]["from"]), float(rows[-1]["to"])) == (0, 1)
+    for name, ones in (("update 1", 3), ("update 4", 6), ("update 5", 7)):
+        assert [float(row[name]) for row in rows] == [1 - ones / 8, *[0] * 18, ones / 8]
+
+
+def test_a_run_without_any_score_has_no_histogram(tmp_path):
+    run = write_run(tmp_path / "run", 1)
+    append_json_line(run / "completions.jsonl", {"update": 1, "score": None})
+    assert not any(path.stem == "scores" for path in plot_run(run))
+
+
 def test_the_command_line_redraws_a_run(run, tmp_path):
     command = [sys.executable, "-m", "trpo_lm.report", str(run), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -14,12 +14,14 @@ import tiny
 import torch
 from peft import PeftModel
 from runs import checkpoints, checksum, trainer
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 import trpo_lm.trainer
 import trpo_lm.trpo
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.mdp import measure
 from trpo_lm.metrics import METRICS
 from trpo_lm.ppo import PPO
 from trpo_lm.trust_region import Step
@@ -168,8 +170,12 @@ def test_log_metric_and_columns_reach_the_rows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_N06_N11_every_step_of_a_run_keeps_both_distances(tmp_path, kind):
-    """One batch measures the reference KL to a few per cent: fresh completions judge the budget."""
+def test_N06_N11_every_step_of_a_run_keeps_both_distances(tmp_path, capsys, kind):
+    """Fresh completions judge the budget, to two standard errors of what the run could measure.
+
+    R of a completion of these models varies by 0.3 to 0.7 of its mean, so that 70 of them measure
+    it to 4 to 8%. With exact quantities the budget is never exceeded (test_trpo, N11).
+    """
     K = 0.12
     algorithm = trpo_lm.trpo.TRPO(max_kl=0.05, max_ref_kl=K, fisher_completions=32)
     made = trainer(
@@ -186,7 +192,42 @@ def test_N06_N11_every_step_of_a_run_keeps_both_distances(tmp_path, kind):
         if row["trust_region/case"] == "old":
             assert row["trust_region/actual_gain"] > 0
     assert {row["trust_region/case"] for row in rows} & {"ref", "both", "recover"}
-    assert 0.5 * K < made.after["ref_kl"] < 1.2 * K
+    fresh = measure(made.policy, made.after["rollout"], micro_batch_size=64)
+    spread = float(fresh.rollout.padded(fresh.ref_kl).sum(-1).std())
+    error = spread * math.sqrt(1 / 70 + 1 / len(fresh.rollout))
+    assert 0.5 * K < made.after["ref_kl"] < K + 2 * error < 1.2 * K
+    said = capsys.readouterr().out
+    assert said.count("reference KL budget reached") == 1
+
+
+FAMILIES = {
+    "gpt2": ("gpt2", torch.float32, {"tie_word_embeddings": False}),
+    "llama, tied, grouped queries": ("llama", torch.bfloat16, {"tie_word_embeddings": True}),
+    "qwen2, grouped queries": ("qwen2", torch.float32, {}),
+    "qwen2, tied": ("qwen2", torch.bfloat16, {"tie_word_embeddings": True}),
+    "neox": ("neox", torch.bfloat16, {}),
+    "gemma2, soft-capped": ("gemma2", torch.float32, {"final_logit_softcapping": 5.0}),
+    "gemma2, bfloat16": ("gemma2", torch.bfloat16, {"attn_logit_softcapping": 5.0}),
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_every_family_trains_and_is_evaluated(tmp_path, family, gradient_checkpointing):
+    kind, dtype, options = FAMILIES[family]
+    model = tiny.build(kind, dtype=dtype, **options)
+    made = trainer(
+        tmp_path, model=model, updates=1, gradient_checkpointing=gradient_checkpointing,
+        evals=runs.HELD_OUT,
+    )  # fmt: skip
+    start = made.policy.parameters.checksum()
+    assert (made.policy.head is None) == (kind == "gemma2")
+    assert all(p.dtype == torch.float32 for p in made.policy.parameters.tensors)
+    (row,) = made.train()
+    assert row["line_search/accepted"] and 0 < row["trust_region/kl"] <= 0.05
+    assert row["trust_region/actual_gain"] > 0
+    assert made.policy.parameters.checksum() != start
+    assert made.before["ref_kl"] <= 1e-6 < made.after["ref_kl"]
 
 
 def test_N05_a_run_goes_on_after_a_step_that_nothing_could_save(tmp_path, monkeypatch):
@@ -257,6 +298,17 @@ def test_C07_a_model_that_is_not_there(tmp_path, monkeypatch):
     assert time.perf_counter() - start < 5
 
 
+def test_R15_a_reward_model_without_a_trained_head_takes_a_flag(tmp_path):
+    tiny.build().save_pretrained(tmp_path / "lm")
+    tiny.tokenizer().save_pretrained(tmp_path / "lm")
+    judge = str(tmp_path / "lm")
+    with pytest.raises(TrpoLMError, match=r"score\.weight") as caught:
+        trainer(tmp_path / "run", reward=judge)
+    assert "--allow_untrained_reward_head" in caught.value.hint
+    made = trainer(tmp_path / "run", reward=judge, allow_untrained_reward_head=True)
+    assert made.rewards.names == ["lm"]
+
+
 def test_S05_code_that_comes_with_a_model_is_not_run(tmp_path):
     folder, ran = tmp_path / "model", tmp_path / "ran"
     folder.mkdir()
@@ -277,6 +329,54 @@ def test_S05_code_that_comes_with_a_model_is_not_run(tmp_path):
         trainer(tmp_path / "run", model=str(folder))
     assert not ran.exists()
     assert time.perf_counter() - start < 5  # it did not wait for an answer either
+
+
+def test_S05_a_built_in_model_takes_its_own_class_and_not_the_code_beside_it(tmp_path):
+    """What the code would do is not known; what the built-in class does is."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    tiny.build().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    for file, classes in {
+        "config.json": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineModel"},
+        "tokenizer_config.json": {"AutoTokenizer": ["mine.MineTokenizer", None]},
+    }.items():
+        said = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(said | {"auto_map": classes}))
+    made = trpo_lm.trainer.Trainer(
+        str(folder), runs.score, runs.PROMPTS, runs.config(tmp_path / "run"),
+        peft_config=tiny.lora(),
+    )  # fmt: skip
+    assert type(made.policy.base) is GPT2LMHeadModel
+    assert not ran.exists()
+
+
+def test_T04_a_tokenizer_without_a_pad_token_makes_the_same_run_and_is_said(tmp_path, capsys):
+    def reward(completion_ids):
+        return [sum(i / (t + 2) for t, i in enumerate(ids)) for ids in completion_ids]
+
+    for name, pad in (("with", True), ("without", False)):
+        made = trpo_lm.trainer.Trainer(
+            tiny.build(eos_token_id=[2, 6]), reward, runs.PROMPTS,
+            runs.config(tmp_path / name, updates=2), processing_class=tiny.tokenizer(pad=pad),
+            peft_config=tiny.lora(), algorithm=runs.ALGORITHMS["trpo"](),
+        )  # fmt: skip
+        made.train()
+        said = capsys.readouterr().out.count("no pad token: an end token fills the padding")
+        assert said == (0 if pad else 1)
+    one, two = (runs.rows(tmp_path / name) for name in ("with", "without"))
+    for a, b in zip(one, two, strict=True):
+        assert a["tokens"] == b["tokens"] and a["objective/score_mean"] == b["objective/score_mean"]
+        assert a["trust_region/kl"] == pytest.approx(b["trust_region/kl"], rel=1e-4)
+
+
+def test_K02_what_the_model_ships_and_training_ignores_is_said_once(tmp_path, capsys):
+    model = tiny.build()
+    model.generation_config.update(top_k=5, top_p=0.5, repetition_penalty=1.3)
+    trainer(tmp_path, model=model, updates=2).train()
+    out = capsys.readouterr().out
+    said = "sampling is neutral in training; the model's own {'top_k': 5, 'top_p': 0.5, "
+    assert out.count(said + "'repetition_penalty': 1.3} is not used") == 1
 
 
 def test_unknown_trackers_are_refused(tmp_path):
@@ -408,6 +508,69 @@ def test_evaluation_without_prompts_and_at_every_update(tmp_path):
     assert runs.rows(tmp_path / "b")[-1]["objective/eval_score_mean"] == first["score"]
 
 
+@pytest.mark.parametrize(
+    ("score", "ref_kl", "budget", "best", "better"),
+    [
+        (0.6, 0.5, 1.0, None, True),
+        (0.6, 0.5, 1.0, 0.5, True),
+        (0.6, 0.5, 1.0, 0.6, False),  # of equal ones the first
+        (0.6, 1.04, 1.0, 0.5, True),  # the tolerance: 5% of the budget
+        (0.6, 1.06, 1.0, None, False),
+        (0.6, 9.0, None, 0.5, True),
+        (None, None, 1.0, None, False),  # not evaluated, or every reward abstained
+    ],
+)
+def test_which_policy_is_the_best(score, ref_kl, budget, best, better):
+    facts = {"update": 2, "score": score, "ref_kl": ref_kl, "max_ref_kl": budget}
+    assert trpo_lm.outcome.is_better(facts, best and {"score": best}) == better
+
+
+def test_the_best_policy_within_the_budget_is_kept_and_survives_resuming(
+    tmp_path, capsys, monkeypatch
+):
+    # score and reference KL after each update; the budget is 0.3, the tolerance 5% of it
+    told = {1: (0.5, 0.1), 2: (0.9, 0.316), 3: (0.7, 0.314), 4: (0.7, 0.2), 5: (0.6, 0.1)}
+    evaluate = trpo_lm.trainer.Trainer.evaluate
+
+    def scripted(self, *, reference=False):
+        found = evaluate(self, reference=reference)
+        if not reference:
+            found["score"], found["ref_kl"] = told[self.update]
+        return found
+
+    monkeypatch.setattr(trpo_lm.trainer.Trainer, "evaluate", scripted)
+    options = {"evals": runs.HELD_OUT, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    made = trainer(tmp_path / "straight", updates=5, **options)
+    made.train()
+    expected = {"update": 3, "score": 0.7, "ref_kl": 0.314, "max_ref_kl": 0.3}
+    assert made.best == expected
+    best = tmp_path / "straight" / "best"
+    assert json.loads((best / "best.json").read_text()) == expected
+    assert "best within the budget, update 3" in capsys.readouterr().out
+    assert checkpoints(tmp_path / "straight") == ["checkpoint-000005"]  # best/ is not counted
+
+    made.policy.load(load_file(best / "adapter_model.safetensors"), where="best")
+    rows = runs.rows(tmp_path / "straight")
+    assert made.policy.parameters.checksum() == rows[2]["policy/checksum"]
+
+    for stop in (2, 4):
+        folder = tmp_path / f"stopped at {stop}"
+        trainer(folder, updates=stop, **options).train()
+        resumed = trainer(folder, updates=5, resume_from_checkpoint="auto", **options)
+        resumed.train()
+        assert resumed.best == expected
+        one, other = (runs.tensors(f / "best") for f in (tmp_path / "straight", folder))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    trainer(tmp_path / "straight", updates=1, overwrite_output_dir=True).train()
+    assert not best.exists()  # it was the other run's
+
+
+def test_without_evaluation_on_the_way_there_is_no_best(tmp_path):
+    made = trainer(tmp_path, updates=1, evals=runs.HELD_OUT)
+    made.train()
+    assert made.best is None and not (tmp_path / "best").exists()
+
+
 class Listener(TrainerCallback):
     def __init__(self, **asks):
         self.heard, self.asks = [], asks
@@ -494,6 +657,40 @@ def test_nothing_but_our_own_lines_reaches_the_screen(tmp_path, capfd):
 PROMPTS = runs.PROMPTS
 
 
+def test_samples_on_the_way_call_no_reward_and_change_no_bit(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def score(completions):
+        calls.append(len(completions))
+        return runs.score(completions)
+
+    trainer(tmp_path / "plain", updates=3, reward=score).train()
+    assert "samples of update" not in capsys.readouterr().out
+    expected, calls[:] = list(calls), []
+    monkeypatch.setattr(trpo_lm.metrics.Console, "samples_due", lambda self, update: update != 2)
+    trainer(tmp_path / "shown", updates=3, reward=score).train()
+    runs.assert_same_end(tmp_path / "plain", tmp_path / "shown", 3)
+    assert calls == expected
+    out = capsys.readouterr().out
+    assert "samples of update 1" in out and "samples of update 2" not in out
+    assert "samples of update 3" not in out  # the last update's table comes instead
+    block = out.split("samples of update 1\n")[1].splitlines()
+    lines = [json.loads(line) for line in runs.completions(tmp_path / "shown").splitlines()]
+    for k in range(3):  # two completions of each prompt: the first of three prompts
+        prompt, reference, policy = block[3 * k : 3 * k + 3]
+        assert prompt.split() == ["prompt", *lines[2 * k]["prompt"].split()]
+        assert reference.split()[0] == "reference"
+        assert policy.split()[2:] == lines[2 * k]["completion"].split()
+
+
+def test_the_end_of_a_run_names_what_to_do_next(tmp_path, capsys):
+    trainer(tmp_path, updates=1).train()
+    out = capsys.readouterr().out
+    for recipe in ("evaluate.py", "token_view.py", "merge.py"):
+        assert f"python recipes/{recipe} {tmp_path}" in out
+        assert (ROOT / "recipes" / recipe).is_file()
+
+
 def test_ppo_names_its_numbers_alike(tmp_path):
     relatives = {
         "reinforce": PPO(epochs=1, minibatches=1, clip=None, beta=0.0),
@@ -513,7 +710,7 @@ def test_C07_the_recipe_says_it_in_two_lines(tmp_path):
     command = [sys.executable, str(ROOT / "recipes" / "sentiment.py"), "--model", "no/such"]
     command += ["--output_dir", str(tmp_path / "run")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100,
+        command, capture_output=True, text=True, timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 2

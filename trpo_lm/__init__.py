@@ -22,7 +22,7 @@ _HOME = {
     "PPO": "ppo",
     "Policy": "policy",
     "TokenMDP": "mdp",
-    "RewardModel": "rewards",
+    "RewardModel": "reward_models",
     "Trainer": "trainer",
     "TRPOTrainer": "trainer",
     "PPOTrainer": "trainer",

@@ -7,7 +7,8 @@ complete unless something damaged it later, which the manifest tells. Older chec
 after that.
 
 Nothing here reads a format that can run code, and files the manifest does not list are never
-opened. There is no other way to save a run: no partial, best or last copy with rules of its own.
+opened. A run goes on from checkpoints only; `best/` beside them is a policy to use, and holds
+nothing else. The limit on checkpoints does not touch it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
 CONFIG = "config.yaml"
+BEST, BEST_FACTS = "best", "best.json"
 
 logger = logging.getLogger(__name__)
 
@@ -303,6 +305,69 @@ def _fault_point(name: str) -> None:
     if os.environ.get("TRPO_LM_FAULT") == f"save:{next(_points)}":
         print(f"TRPO_LM_FAULT: killed while saving, at '{name}'", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- the best policy
+
+
+def save_best(output_dir: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Put a policy into `best/` in place of the one there. Call it on rank 0 only.
+
+    Args:
+        output_dir: Folder of the run.
+        facts: `update`, `score` (units of the reward) and whatever else `best.json` shall say.
+        write: Writes the policy's files into the folder it is given.
+
+    Raises:
+        RunFault: If a file cannot be written; the policy that was there before still is.
+    """
+    final = Path(output_dir) / BEST
+    folder, old = (final.with_name(_temporary(BEST)) for _ in range(2))
+    try:
+        folder.mkdir()
+        write(folder)
+        _fault_point("best policy written")
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _write(folder / BEST_FACTS, _json(facts))  # last: with it the folder is complete
+        _sync_folder(folder)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _as_fault(error, folder) from error
+    _fault_point("best facts written")
+    if final.exists():
+        os.rename(final, old)
+        _fault_point("best moved")
+    os.rename(folder, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_best(output_dir: Path, update: int) -> dict[str, Any] | None:
+    """Return what `best.json` says where a run stands at an update; None where there is no best.
+
+    A best policy of a later update belongs to a course that the run has left and is removed. Where
+    a killed process left several complete copies, the best of them becomes `best/`.
+    """
+    output_dir, found = Path(output_dir), []
+    folders = [output_dir / BEST, *output_dir.glob(f".tmp-{BEST}-*")]
+    for folder in folders:
+        try:
+            facts = json.loads((folder / BEST_FACTS).read_bytes())
+            if facts["update"] <= update:
+                found.append((float(facts["score"]), folder, facts))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    kept = max(found, key=lambda entry: entry[0], default=None)
+    for folder in folders:
+        if folder.exists() and (kept is None or folder != kept[1]):
+            shutil.rmtree(folder)
+    if kept is None:
+        return None
+    if kept[1].name != BEST:
+        os.rename(kept[1], output_dir / BEST)
+    return kept[2]
 
 
 # ---------------------------------------------------------------- loading

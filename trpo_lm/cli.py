@@ -61,7 +61,11 @@ class _Given(NamedTuple):
 
 
 def parse(
-    classes: Sequence[type], argv: Sequence[str] | None = None, *, description: str = ""
+    classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    positional: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Turn the command line, and the file that `--config` names, into settings.
 
@@ -76,6 +80,7 @@ def parse(
             int, float, str, a list of one of them, or one of these or None.
         argv: The words after the program's name; default: those of this process.
         description: First paragraph of the help text.
+        positional: Settings that must be given, and may be without their flags, in this order.
 
     Returns:
         One instance of each class, in order.
@@ -86,9 +91,9 @@ def parse(
     settings: dict[str, _Setting] = {}
     for cls in classes:
         settings = _settings_of(cls) | settings
-    words, problems = _split(sys.argv[1:] if argv is None else argv)
+    words, problems = _split(sys.argv[1:] if argv is None else argv, positional)
     if "help" in words:
-        _help_parser(classes, settings, description).print_help()
+        _help_parser(classes, settings, description, positional).print_help()
         raise SystemExit(0)
 
     config = words.pop("config", None)
@@ -96,6 +101,10 @@ def parse(
     given = [] if config is None else _read_yaml(config, problems)
     for name, texts in words.items():
         given.append(_Given(name, "command line", shlex.join(texts) or "nothing", texts))
+
+    for name in positional:
+        if name not in {g.name for g in given}:
+            problems.append(TrpoLMError(f"{name.upper()} is missing", where="command line"))
 
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -147,8 +156,10 @@ def _setting(name: str, hint: Any, default: Any, help: str) -> _Setting:
     return _Setting(item, many, NoneType in choices, default, help)
 
 
-def _split(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[TrpoLMError]]:
-    """Split words into {flag: its values}; a word before any flag is a problem."""
+def _split(
+    argv: Sequence[str], positional: Sequence[str]
+) -> tuple[dict[str, list[str]], list[TrpoLMError]]:
+    """Split words into {flag: its values}; words before any flag are the positional ones."""
     given: dict[str, list[str]] = {}
     problems = []
     current = None
@@ -158,6 +169,8 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[TrpoLMError]
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             current = given[name.replace("-", "_")] = [value] if equals else []
+        elif current is None and len(given) < len(positional):
+            given[positional[len(given)]] = [word]
         elif current is None:
             problems.append(TrpoLMError(f"unexpected argument {word!r}", where="command line"))
         else:
@@ -275,12 +288,17 @@ def _raise_all(problems: list[TrpoLMError]) -> None:
 
 
 def _help_parser(
-    classes: Sequence[type], settings: dict[str, _Setting], description: str
+    classes: Sequence[type],
+    settings: dict[str, _Setting],
+    description: str,
+    positional: Sequence[str],
 ) -> argparse.ArgumentParser:
     """Return the argparse parser that lays out the help text; it parses nothing."""
     parser = argparse.ArgumentParser(
         description=description,
-        usage="%(prog)s [--config FILE.yaml] [--setting value ...]",
+        usage=" ".join(
+            ["%(prog)s", *map(str.upper, positional), "[--config FILE.yaml] [--setting value ...]"]
+        ),
         add_help=False,
     )
     general = parser.add_argument_group("general")

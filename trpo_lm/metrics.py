@@ -342,30 +342,50 @@ class Console:
         for line in text.splitlines():
             self._out.print(clean(line), soft_wrap=not self._terminal)
 
+    def samples_due(self, update: int) -> bool:
+        """Say whether to show samples at this update: every 5 on a terminal, else every 20."""
+        return not self._out.quiet and update % (5 if self._terminal else 20) == 0
+
     def samples(self, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-        """Show completions of the reference and the policy side by side.
+        """Show completions of the reference and the policy: side by side, or below each other.
 
         Args:
             rows: Each with `prompt`, `reference` and `policy` (texts), `score_before` (the
                 reference's) and `score_after` (the policy's); what is absent stays empty.
-            title: What stands above the table.
+            title: What stands above them.
         """
+        if not self._terminal:
+            self.note(f"\n{title}")
+            for row in rows:
+                self._sample_lines(row)
+            return
         room = 3 * max(12, (self._out.width - 28) // 3)  # three lines a cell, in characters
-        header = ["prompt", "reference", "policy", "before", "after"]
+        scores = {"score_before": "before", "score_after": "after"}
+        if not any("score_before" in row for row in rows):
+            scores = {"score_after": "score"}
         self.table(
             title,
-            header,
+            ["prompt", "reference", "policy", *scores.values()],
             [
                 [
                     _cut(clean(row.get("prompt", "")), room, keep_end=True),
                     _cut(clean(row.get("reference", "")), room),
                     _cut(clean(row.get("policy", "")), room),
-                    row.get("score_before"),
-                    row.get("score_after"),
+                    *(row.get(name) for name in scores),
                 ]
                 for row in rows
             ],
         )
+
+    def _sample_lines(self, row: Mapping[str, Any]) -> None:
+        """Show a sample as three plain lines, each score before its text."""
+        texts = {
+            "prompt": (None, _cut(clean(row.get("prompt", "")), 200, keep_end=True)),
+            "reference": (row.get("score_before"), _cut(clean(row.get("reference", "")), 200)),
+            "policy": (row.get("score_after"), _cut(clean(row.get("policy", "")), 200)),
+        }
+        for name, (score, text) in texts.items():
+            self.note(f"  {name:9}  {_cell(score):>7}  {text}")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table; numbers are rounded and aligned to the right, None is an empty cell."""

@@ -6,7 +6,9 @@ None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from trpo_lm.objective import measure_at
 from trpo_lm.policy import Policy
 from trpo_lm.ranks import Ranks
 
+NOISY_BATCHES, NOISY_UPDATES = 10, 5  # a noise scale worth a word, and over how many updates
 EQUAL = 1e-12  # rewards that differ by less than this share of their size differ by rounding
 
 
@@ -103,3 +106,29 @@ def known(value: float) -> float | None:
 
 def _tensor(values: Sequence[float | None]) -> Tensor:
     return torch.tensor([v for v in values if v is not None], dtype=torch.float64)
+
+
+def noise_note(rows: Sequence[dict[str, Any]], size: int) -> str | None:
+    """Return what to change when the gradient has become mostly noise; said once in a run.
+
+    Args:
+        rows: Metrics of all updates so far, the newest last.
+        size: Completions of an update.
+    """
+    measured = [r for r in rows if r.get("signal/half_batch_cosine") is not None]
+    if not rows or not measured or measured[-1] is not rows[-1]:
+        return None
+    scales = [r["signal/noise_scale"] for r in measured]
+    scales = [math.inf if scale is None else scale for scale in scales]
+    over = [
+        median(scales[i - NOISY_UPDATES : i]) > NOISY_BATCHES * size
+        for i in range(NOISY_UPDATES, len(scales) + 1)
+    ]
+    if not over or not over[-1] or any(over[:-1]):
+        return None
+    scale = median(scales[-NOISY_UPDATES:])
+    told = "more completions than can be told" if math.isinf(scale) else f"{scale:,.0f} completions"
+    return (
+        f"the gradient is mostly noise (noise scale {told}, an update has {size}): raise "
+        "prompts_per_update, or use a reward that scores prefixes (critic=prefix)"
+    )

@@ -1,12 +1,14 @@
 """What a run tells when it begins, and what it leaves when it ends.
 
-The banner; the folder that vanilla peft loads (adapter, tokenizer) with the critic, the settings,
-the pictures and the model card beside it; and the tables of what changed.
+The banner; samples on the way; the folder that vanilla peft loads (adapter, tokenizer) with the
+critic, the settings, the pictures and the model card beside it; and the tables of what changed.
 """
 
 from __future__ import annotations
 
+import json
 import platform
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,17 @@ from trpo_lm import checkpoint as checkpoints
 from trpo_lm.cli import command_line
 from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.critic import Critic
-from trpo_lm.mdp import Rollout
+from trpo_lm.mdp import Rollout, TokenMDP
 from trpo_lm.metrics import Console
 from trpo_lm.policy import Policy
+from trpo_lm.prompts import Prompts
 from trpo_lm.report import model_card, plot_run, summary
+from trpo_lm.reward_models import RewardModel
+from trpo_lm.rewards import Rewards
 
 CARD = "README.md"
 CRITIC = "value_head"  # stem of the critic's file, in checkpoints too
+TOLERANCE = 0.05  # a few hundred completions measure the reference KL to a few per cent
 
 
 def banner(
@@ -76,6 +82,75 @@ def completion_lines(rollout: Rollout, update: int) -> list[dict[str, Any]]:
     ]
 
 
+def samples(
+    policy: Policy, mdp: TokenMDP, rollout: Rollout, *, seed: tuple[int | str, ...], count: int = 3
+) -> list[dict[str, Any]]:
+    """Put some completions of a rollout beside the reference's, as `Console.samples` takes them.
+
+    The reference's are sampled for this and not scored: a reward function is never called for show.
+    """
+    firsts = [int((rollout.groups == g).nonzero()[0]) for g in rollout.groups.unique()[:count]]
+    silent = TokenMDP(
+        mdp.tokenizer,
+        Rewards(lambda completions: [None] * len(completions)),
+        eos_token_ids=mdp.eos_token_ids,
+        max_completion_length=mdp.max_completion_length,
+        pad_token_id=mdp.pad_token_id,
+    )
+    with policy.reference():
+        reference = silent.rollout(policy, [rollout.prompts[i] for i in firsts], seed=seed)
+    return [
+        {
+            "prompt": rollout.prompts[i],
+            "reference": text,
+            "policy": rollout.completions[i],
+            "score_after": float(rollout.scores.score[i]) if rollout.scores.valid[i] else None,
+        }
+        for i, text in zip(firsts, reference.completions, strict=True)
+    ]
+
+
+def is_better(facts: dict[str, Any], best: dict[str, Any] | None) -> bool:
+    """Say whether an evaluated policy takes the place of the best one so far.
+
+    It must lie within the budget of the whole run, to a tolerance of `TOLERANCE` of it: the
+    reference KL is itself measured on a few hundred completions. Of equal scores the first stays.
+
+    Args:
+        facts: Its `score`, None where nothing was evaluated or scored, `ref_kl` and `max_ref_kl`
+            (nats per completion; None: no budget).
+        best: The same of the best one so far, or None.
+    """
+    score, budget = facts["score"], facts["max_ref_kl"]
+    if score is None or (budget is not None and facts["ref_kl"] > (1 + TOLERANCE) * budget):
+        return False
+    return best is None or score > best["score"]
+
+
+def reward_sources(rewards: Rewards) -> list[dict[str, Any] | None]:
+    """Return name and rewarded output of each reward model; None for what is no model."""
+    return [
+        {"model": f.model.name_or_path, "label": f.label} if isinstance(f, RewardModel) else None
+        for f in rewards.functions
+    ]
+
+
+def save_prompts(path: Path, prompts: Prompts) -> None:
+    """Write prompts with their columns, a JSON object a line; other types become text."""
+    columns = {"prompt": prompts.prompts, **prompts.columns}
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    lines = (json.dumps(row, default=str) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def save_policy(folder: Path, policy: Policy, critic: Critic) -> None:
+    """Write the adapter, which vanilla peft loads, and the critic if it holds anything."""
+    policy.save(folder)
+    (folder / CARD).unlink(missing_ok=True)  # peft's own, with nothing filled in
+    if state := critic.state():
+        checkpoints.save_tensors(folder / f"{CRITIC}.safetensors", state)
+
+
 def save_outcome(
     folder: Path,
     run: Path,
@@ -98,11 +173,9 @@ def save_outcome(
         samples: Rows for the card, as `Console.samples` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    policy.save(folder)
+    save_policy(folder, policy, critic)
     tokenizer.save_pretrained(str(folder))
     checkpoints.save_settings(folder / "config.yaml", settings)
-    if state := critic.state():
-        checkpoints.save_tensors(folder / f"{CRITIC}.safetensors", state)
     if (run / "metrics.jsonl").exists():
         packages = ("trpo_lm", "torch", "transformers", "peft")
         facts = {
@@ -155,8 +228,9 @@ def show_outcome(
     rows: list[dict[str, Any]],
     before: dict[str, Any] | None,
     after: dict[str, Any] | None,
+    best: dict[str, Any] | None = None,
 ) -> None:
-    """Show samples, scores before and after, what changed, and where everything lies."""
+    """Show samples, scores before and after, what changed, where all of it lies, and what next."""
     if before is not None and after is not None:
         console.samples(before_and_after(before, after), "held-out prompts, before and after")
         console.table(
@@ -164,12 +238,23 @@ def show_outcome(
             ["", "score", "reference KL, nats per completion"],
             [
                 ["reference", before["score"], before["ref_kl"]],
-                ["policy", after["score"], after["ref_kl"]],
+                [f"policy, update {rows[-1]['update']}", after["score"], after["ref_kl"]],
+            ]
+            + [
+                [f"best within the budget, update {kept['update']}", kept["score"], kept["ref_kl"]]
+                for kept in [best]
+                if kept is not None
             ],
         )
     console.table("what changed", ["", "first", "last"], summary(rows))
     console.note(f"pictures: {run}/plots/")
     console.note(f"adapter:  {run}/adapter_model.safetensors")
+    if best is not None:
+        console.note(f"best:     {run}/{checkpoints.BEST}/, the policy of update {best['update']}")
+    console.note("next:")
+    quoted = shlex.quote(str(run))
+    for command in ("evaluate.py {}", "token_view.py {}", "merge.py {} {}-merged"):
+        console.note(f"  python recipes/{command.format(quoted, quoted)}")
 
 
 def draw(run: Path) -> None:

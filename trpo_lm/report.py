@@ -1,9 +1,10 @@
 """What a run leaves to look at: figures with their numbers, and a model card.
 
-Everything is drawn from `metrics.jsonl` and the limits in `config.yaml`, so a run of last year can
-be drawn again: `python -m trpo_lm.report RUN`. Beside each PNG lies a CSV with just the columns
-that it shows. Colours are Okabe and Ito's, which colour-blind readers can tell apart, and meaning
-never rests on colour alone. Figures are made without pyplot: no backend, no global state.
+Everything is drawn from `metrics.jsonl` and the limits in `config.yaml` (the histogram of scores
+from `completions.jsonl`), so a run of last year can be drawn again: `python -m trpo_lm.report RUN`.
+Beside each PNG lies a CSV with just the columns that it shows. Colours are Okabe and Ito's, which
+colour-blind readers can tell apart, and meaning never rests on colour alone. Figures are made
+without pyplot: no backend, no global state.
 """
 
 from __future__ import annotations
@@ -338,7 +339,39 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
             table.writeheader()
             table.writerows(rows)
         written += [out / f"{stem}.png", out / f"{stem}.csv"]
-    return written
+    completions = Path(run_dir) / "completions.jsonl"
+    return written + (_plot_scores(completions, out) if completions.exists() else [])
+
+
+def _plot_scores(completions: Path, out: Path) -> list[Path]:
+    """Draw the scores of the first, the middle and the last update as histograms of shares."""
+    scores: dict[int, list[float]] = {}
+    for row in read_json_lines(completions):
+        if row.get("score") is not None:
+            scores.setdefault(row["update"], []).append(row["score"])
+    updates = sorted(scores)
+    if not updates:
+        return []
+    chosen = sorted({updates[0], updates[len(updates) // 2], updates[-1]})
+    edges = np.histogram_bin_edges(np.concatenate([scores[u] for u in chosen]), bins=20)
+    shares = [np.histogram(scores[u], edges)[0] / len(scores[u]) for u in chosen]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8))
+        axes = figure.subplots()
+        _panel(axes, "Scores of an update's completions", "score", "share of completions")
+        looks = zip(chosen, shares, (GREY, GREEN, BLUE), (":", "--", "-"), strict=False)
+        for update, share, colour, line in looks:
+            axes.stairs(
+                share, edges, color=colour, linestyle=line, linewidth=2, label=f"update {update}"
+            )
+        axes.set_ylim(0)
+        axes.legend()
+        figure.savefig(out / "scores.png")
+    with open(out / "scores.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["from", "to", *(f"update {u}" for u in chosen)])
+        table.writerows(zip(edges[:-1].tolist(), edges[1:].tolist(), *shares, strict=True))
+    return [out / "scores.png", out / "scores.csv"]
 
 
 def summary(rows: Rows) -> list[tuple[str, float, float]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_callback import TrainerCallback
@@ -39,7 +39,15 @@ from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.critic import make_critic
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.interrupts import Interrupts
-from trpo_lm.mdp import Batch, Rollout, TokenMDP, end_token_ids, ignored_sampling, measure
+from trpo_lm.mdp import (
+    MOST_ROWS,
+    Batch,
+    Rollout,
+    TokenMDP,
+    end_token_ids,
+    ignored_sampling,
+    measure,
+)
 from trpo_lm.metrics import (
     Console,
     append_json_line,
@@ -47,22 +55,30 @@ from trpo_lm.metrics import (
     read_json_lines,
     truncate_json_lines,
 )
-from trpo_lm.observations import check_old_policy, critic_error, known, no_signal, objective
+from trpo_lm.observations import (
+    check_old_policy,
+    critic_error,
+    known,
+    no_signal,
+    noise_note,
+    objective,
+)
 from trpo_lm.policy import Policy
 from trpo_lm.ppo import PPO
 from trpo_lm.prompts import Prompts, check_prompts, load_prompts
-from trpo_lm.ranks import Ranks, SharedFault
+from trpo_lm.ranks import OutOfMemory, Ranks, SharedFault
 from trpo_lm.rewards import Rewards
 from trpo_lm.seeds import generator
 from trpo_lm.trpo import TRPO
 
-METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
+METRICS, COMPLETIONS, HELD_OUT = "metrics.jsonl", "completions.jsonl", "held_out.jsonl"
 
 # Settings on which nothing of the arithmetic depends: they may change when a run is resumed.
 FREE = {
     "output_dir", "run_name", "updates", "logging_steps", "eval_steps", "eval_prompts",
     "save_steps", "save_total_limit", "resume_from_checkpoint", "allow_config_change",
-    "overwrite_output_dir", "report_to", "reward_timeout",
+    "overwrite_output_dir", "report_to", "reward_timeout", "ddp_timeout", "reference",
+    "reward_models",
 }  # fmt: skip
 
 
@@ -140,7 +156,7 @@ class Trainer:
         prompt_column: str = "prompt",
     ):
         self.args = args = args or TrainerConfig()
-        self.ranks = Ranks()
+        self.ranks = Ranks(args.ddp_timeout)
         self.folder = Path(args.output_dir)
         self.console = Console(self.ranks.main, args.updates)
         if args.run_name is not None:
@@ -151,7 +167,7 @@ class Trainer:
         if eval_dataset is not None:
             self.eval_prompts = load_prompts(eval_dataset, column=prompt_column)
         self._check_shares()
-        with _quiet_loading():
+        with quiet_loading():
             self.rewards = self._make_rewards(reward_funcs)
             self.policy = self._make_policy(model, peft_config)
             self.tokenizer = processing_class or load_tokenizer(self.policy.name)
@@ -176,10 +192,12 @@ class Trainer:
             callbacks, args, self.ranks, model=self.policy.model, tokenizer=self.tokenizer
         )
         self.interrupts = Interrupts(alone=self.ranks.count == 1)
+        self.micro_batch_size = args.micro_batch_size
         self.update = self.completions = self.tokens = 0
         self.rows: list[dict[str, Any]] = []
         self.before: dict[str, Any] | None = None
         self.after: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
         self._boundary = self._snapshot()
 
     # ------------------------------------------------------------------ the run
@@ -221,13 +239,15 @@ class Trainer:
                 f"already complete: {self.update} of {self.args.updates} updates are done"
             )
             return False
-        self.ranks.on_main(self._prepare_files)
+        self.best = self.ranks.on_main(self._prepare_files)
         self.console.banner(
             outcome.banner(
                 self.policy, self.critic, self.algorithm, self.args, processes=self.ranks.count,
                 prompts=len(self.prompts), rewards=self.rewards.names,
             )
         )  # fmt: skip
+        if self.tokenizer.pad_token_id is None:
+            self.console.note("the tokenizer has no pad token: an end token fills the padding")
         ignored = ignored_sampling(self.policy.base)
         if ignored:
             self.console.note(
@@ -239,12 +259,17 @@ class Trainer:
         self.callbacks.event("on_train_begin")
         return True
 
-    def _prepare_files(self) -> None:
+    def _prepare_files(self) -> dict[str, Any] | None:
+        """Leave in the folder what belongs to the run as it stands; return its best policy."""
         if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
             checkpoints.discard_checkpoints(self.folder)
         for name in (METRICS, COMPLETIONS):
             truncate_json_lines(self.folder / name, self.update)
+        if self.eval_prompts is not None:
+            held_out = self.eval_prompts.take(self._held_out_rows())
+            outcome.save_prompts(self.folder / HELD_OUT, Prompts(*held_out))
         checkpoints.save_settings(self.folder / "config.yaml", self._config())
+        return checkpoints.recover_best(self.folder, self.update)
 
     def _loop(self) -> None:
         """Make the updates that are left; whatever ends them early, update's halves are undone."""
@@ -253,11 +278,14 @@ class Trainer:
                 self.before = self.evaluate(reference=True)
             while self.update < self.args.updates and not self._stops():
                 self.callbacks.event("on_step_begin")
-                row, rollout = self.train_step()
+                row, rollout = self._with_memory(
+                    self.train_step, lambda: self._restore(self._boundary)
+                )
                 self.callbacks.step_end()
                 if self.eval_prompts and (self._stops() or self._flags.should_evaluate):
                     self._evaluate_update(row)
                 with self.interrupts.held():
+                    self._keep_best(row)
                     self._record(row, rollout)
                     self._boundary = self._snapshot()
                     if self._stops() or self._flags.should_save:
@@ -285,9 +313,9 @@ class Trainer:
         """Make one update: rollout, measure, values, advantages, update, critic."""
         clock = [time.perf_counter()]
         update = self.update + 1
-        rollout, prefix_scores, prefix_seconds = self.ranks.agree(lambda: self._rollout(update))
+        rollout, prefix_scores, prefix_seconds = self._rollout(update)
         clock.append(time.perf_counter())
-        batch = measure(self.policy, rollout, micro_batch_size=self.args.micro_batch_size)
+        batch = measure(self.policy, rollout, micro_batch_size=self.micro_batch_size)
         row = {"update": update, **self._objective(batch)}
         if update == 1:
             check_old_policy(self.policy, batch, self.ranks)
@@ -334,20 +362,39 @@ class Trainer:
         """
         if self.eval_prompts is None:
             raise TrpoLMError("there is nothing to evaluate on", where="eval_dataset")
-        rows = range(min(len(self.eval_prompts), self.args.eval_prompts))
-        prompts, columns = self.eval_prompts.take(rows[self.ranks.rank :: self.ranks.count])
+        rows = self._held_out_rows()[self.ranks.rank :: self.ranks.count]
+        held_out = self.eval_prompts.take(rows)
+        return self._with_memory(lambda: self._evaluate(*held_out, reference), lambda: None)
+
+    # ------------------------------------------------------------------ parts of an update
+
+    def _evaluate(self, prompts: list, columns: dict, reference: bool) -> dict[str, Any]:
         seed = (self.args.seed, "evaluate", self.ranks.rank)
         with self.policy.reference() if reference else nullcontext():
-            rollout = self.ranks.agree(
-                lambda: self.mdp.rollout(self.policy, prompts, columns=columns, seed=seed)
-            )
-            batch = measure(self.policy, rollout, micro_batch_size=self.args.micro_batch_size)
+            rollout = self.mdp.rollout(self.policy, prompts, columns=columns, seed=seed)
+            batch = measure(self.policy, rollout, micro_batch_size=self.micro_batch_size)
         score, std = self.ranks.mean(rollout.scores.score[rollout.scores.valid])
         ref_kl = self.ranks.reduce(batch.ref_kl.double().sum().cpu())
         total = self.ranks.reduce(torch.tensor(float(len(rollout)), dtype=torch.float64))
         return {"score": score, "std": std, "ref_kl": float(ref_kl / total), "rollout": rollout}
 
-    # ------------------------------------------------------------------ parts of an update
+    def _with_memory(self, work: Callable[[], Any], undo: Callable[[], None]) -> Any:
+        """Do something on all ranks; where memory runs out, once more with half the micro-batch.
+
+        Micro-batches are summed, so that their size changes no result but by the order of sums.
+        """
+        try:
+            return self.ranks.agree(work)
+        except OutOfMemory:
+            size = self.micro_batch_size or MOST_ROWS
+            if size == 1:
+                raise
+        undo()  # the exception is gone by now, and with it the tensors that its frames held
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        self.micro_batch_size = size // 2
+        self.console.note(f"out of memory: micro_batch_size is {self.micro_batch_size} now")
+        return self.ranks.agree(work)
 
     def _rollout(self, update: int) -> tuple[Rollout, Tensor | None, float]:
         """Return completions, the scores of their prefixes, and the seconds these took."""
@@ -394,15 +441,55 @@ class Trainer:
         self.callbacks.event("on_evaluate", metrics=numbers)
         self.callbacks.agree()
 
+    def _held_out_rows(self) -> range:
+        """Return the held-out prompts of an evaluation: the first ones, always the same."""
+        assert self.eval_prompts is not None
+        return range(min(len(self.eval_prompts), self.args.eval_prompts))
+
+    def _keep_best(self, row: dict[str, Any]) -> None:
+        """Keep the policy in best/ if no evaluated one within the budget has a higher score."""
+        facts = {
+            "update": self.update,
+            "score": row["objective/eval_score_mean"],
+            "ref_kl": row["objective/eval_ref_kl"],
+            "max_ref_kl": describe(self.algorithm).get("max_ref_kl"),
+        }
+        if self.args.eval_steps and outcome.is_better(facts, self.best):
+            self.ranks.on_main(
+                lambda: checkpoints.save_best(
+                    self.folder,
+                    facts,
+                    lambda folder: outcome.save_policy(folder, self.policy, self.critic),
+                )
+            )
+            self.best = facts
+
     def _record(self, row: dict[str, Any], rollout: Rollout) -> None:
         """Write and show an update; callbacks hear of it."""
         lines = self.ranks.gather(outcome.completion_lines(rollout, self.update))
         self.ranks.on_main(lambda: self._append(row, lines))
         self.rows.append(row)
+        reached = [r for r in self.rows if r.get("trust_region/case") in ("ref", "both", "recover")]
+        if reached == [row]:
+            self.console.note("reference KL budget reached: it shortens steps from here on")
+        noisy = noise_note(
+            self.rows, self.args.prompts_per_update * self.args.completions_per_prompt
+        )
+        if noisy is not None:
+            self.console.note(noisy)
         if self._stops() or self._flags.should_log:
             limits = {k: describe(self.algorithm).get(k) for k in ("max_kl", "max_ref_kl")}
             self.console.update(row, limits)
             self.callbacks.log(row)
+        if not self._stops():
+            self.ranks.on_main(lambda: self._show_samples(rollout))
+
+    def _show_samples(self, rollout: Rollout) -> None:
+        """Show some of the update's completions beside the reference's, now and then."""
+        if self.console.samples_due(self.update):
+            seed = (self.args.seed, "samples", self.update)
+            rows = outcome.samples(self.policy, self.mdp, rollout, seed=seed)
+            self.console.samples(rows, f"samples of update {self.update}")
 
     def _append(self, row: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -460,6 +547,8 @@ class Trainer:
             "prompts": len(self.prompts),
             "dataset": self.prompts.fingerprint(),
             "world_size": self.ranks.count,
+            "reference": "adapter" if self.policy.came_with_adapter else "base model",
+            "reward_models": outcome.reward_sources(self.rewards),
             **describe(self.args),
             **describe(self.algorithm),
         }
@@ -514,13 +603,7 @@ class Trainer:
         """Take over the state of a checkpoint."""
         state, tensors, name = saved.state, saved.tensors, str(self.policy.model.active_adapter)
         stem = "adapter_model" if name == "default" else f"{name}/adapter_model"
-        try:
-            set_peft_model_state_dict(self.policy.model, tensors[stem], adapter_name=name)
-        except (KeyError, RuntimeError) as error:
-            raise TrpoLMError(
-                "the checkpoint's adapter does not fit the model", where=str(saved.path),
-                hint="an adapter of another shape cannot be allowed: start a new run",
-            ) from error  # fmt: skip
+        self.policy.load(tensors.get(stem, {}), where=str(saved.path))
         if self.policy.parameters.checksum() != state["checksum"]:
             raise TrpoLMError("the adapter did not load as it was saved", where=str(saved.path))
         if state["critic"] == self.critic.name:
@@ -544,7 +627,9 @@ class Trainer:
         self.callbacks.event("on_train_end")
         self.ranks.on_main(self._leave)
         if self.ranks.main:
-            outcome.show_outcome(self.console, self.folder, self.rows, self.before, self.after)
+            outcome.show_outcome(
+                self.console, self.folder, self.rows, self.before, self.after, self.best
+            )
 
     def _leave(self) -> None:
         try:
@@ -592,6 +677,7 @@ class Trainer:
             timeout=self.args.reward_timeout,
             reward_model_options={
                 "prefix_stride": self.args.prefix_stride,
+                "allow_untrained_head": self.args.allow_untrained_reward_head,
                 "device": self.ranks.device,
             },
         )
@@ -656,7 +742,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep transformers' progress bars off the screen."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

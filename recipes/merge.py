@@ -1,0 +1,43 @@
+"""Merge a finished run's adapter into its base: a plain transformers model, no peft needed.
+
+    python recipes/merge.py runs/sentiment merged
+    python recipes/merge.py runs/sentiment merged --checkpoint best
+
+The weights are written in float32, so that the merged logits are the policy's. A policy that was
+trained at another temperature than 1 is sampled at that temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trpo_lm.cli import main, parse
+from trpo_lm.config import option
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which policy, and where to."""
+
+    run: str | None = option(None, "folder of a run")
+    out: str | None = option(None, "new folder for the merged model and its tokenizer")
+    checkpoint: str = option("last", "'last', 'best', or the number of a checkpoint")
+
+
+def run() -> None:
+    """Parse, load, merge, write."""
+    (a,) = parse((Arguments,), description=__doc__, positional=("run", "out"))
+    print(f"merging {a.run}: loading torch and transformers ...", flush=True)
+
+    from trpo_lm.finished import merge, open_run
+
+    opened = open_run(a.run, a.checkpoint, bf16=False)
+    merge(opened, a.out)
+    print(f"{a.checkpoint} policy (update {opened.update}) merged: {a.out}")
+    temperature = opened.settings["temperature"]
+    if temperature != 1:
+        print(f"it was trained at temperature {temperature}: sample it there")
+
+
+if __name__ == "__main__":
+    main(run)
