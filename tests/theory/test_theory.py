@@ -129,6 +129,7 @@ def test_7_two_balls_of_any_shape():
     assert min(count.values()) >= 10, count
 
 
+@pytest.mark.slow
 def test_8_trpo_improves():
     check(updates.statement_8(build(steps=3), starts=20))
 
