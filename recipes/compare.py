@@ -148,16 +148,13 @@ def run() -> None:
         sys.stdout.flush()
 
     from trpo_lm import PPO, TRPO
-    from trpo_lm.prompts import Prompts, load_prompts
+    from trpo_lm.prompts import Prompts, load_both
     from trpo_lm.sweep import Arm, Sweep
 
-    prompts = load_prompts(a.dataset, column=a.prompt_column)
-    if a.eval_dataset is not None:
-        held_out = load_prompts(a.eval_dataset, column=a.prompt_column)
-    elif a.dataset == Arguments.dataset:
-        held_out = load_prompts(str(DATA / "prompts_test.jsonl"))
-    else:
-        prompts, held_out = prompts.split_off(a.held_out)
+    own = str(DATA / "prompts_test.jsonl") if a.dataset == Arguments.dataset else None
+    prompts, held_out = load_both(
+        a.dataset, a.eval_dataset or own, column=a.prompt_column, split_off=a.held_out
+    )
     judge = a.judge
     if judge is None and a.reward_model == Arguments.reward_model:
         judge = str(DATA / "judge")

@@ -66,7 +66,7 @@ def run() -> None:
             raise TrpoLMError(f"{name} = {getattr(a, name)} must be at least 1", where=name)
     print(f"evaluating {a.run}: loading torch and transformers ...", flush=True)
 
-    from trpo_lm.finished import evaluate, open_run
+    from trpo_lm.finished import evaluate, held_out_prompts, open_run
     from trpo_lm.metrics import Console
     from trpo_lm.prompts import Prompts, load_prompts
     from trpo_lm.reward_models import RewardModel
@@ -77,9 +77,9 @@ def run() -> None:
     opened = open_run(a.run, a.checkpoint, reward=reward)
     if a.eval_dataset is not None:
         prompts = load_prompts(a.eval_dataset, column=a.prompt_column)
-    elif (opened.folder / "held_out.jsonl").is_file():
-        prompts = load_prompts(opened.folder / "held_out.jsonl")
     else:
+        prompts = held_out_prompts(opened)
+    if prompts is None:
         raise TrpoLMError(
             "the run had no held-out prompts", where=a.run, hint="name some with --eval_dataset"
         )

@@ -68,7 +68,7 @@ def run() -> None:
         print("trpo_lm: loading torch and transformers ...", flush=True)
 
     from trpo_lm import TRPO, Trainer
-    from trpo_lm.prompts import load_prompts
+    from trpo_lm.prompts import load_both
     from trpo_lm.rewards import load_reward
 
     reward = arguments.reward_model
@@ -76,13 +76,11 @@ def run() -> None:
         reward = load_reward(arguments.reward_function)
         if main_process:
             print(f"reward function: {arguments.reward_function}", flush=True)
-    prompts = load_prompts(arguments.dataset, column=arguments.prompt_column)
-    if arguments.eval_dataset is not None:
-        held_out = load_prompts(arguments.eval_dataset, column=arguments.prompt_column)
-    elif arguments.dataset == Arguments.dataset:
-        held_out = load_prompts(str(DATA / "prompts_test.jsonl"))
-    else:
-        prompts, held_out = prompts.split_off(256)
+    own = str(DATA / "prompts_test.jsonl") if arguments.dataset == Arguments.dataset else None
+    prompts, held_out = load_both(
+        arguments.dataset, arguments.eval_dataset or own,
+        column=arguments.prompt_column, split_off=256,
+    )  # fmt: skip
     Trainer(
         arguments.model,
         reward,

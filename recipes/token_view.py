@@ -41,9 +41,9 @@ def run() -> None:
 
     from pathlib import Path
 
-    from trpo_lm.finished import open_run
+    from trpo_lm.finished import held_out_prompts, open_run
     from trpo_lm.metrics import clean, number
-    from trpo_lm.prompts import Prompts, load_prompts
+    from trpo_lm.prompts import Prompts
     from trpo_lm.rewards import load_reward
     from trpo_lm.token_view import draw_tokens, token_rows
 
@@ -51,11 +51,11 @@ def run() -> None:
     opened = open_run(a.run, a.checkpoint, reward=reward)
     if a.prompt is not None:
         prompts, name = Prompts([a.prompt], {}), "prompt"
-    elif (opened.folder / "held_out.jsonl").is_file():
-        prompts, name = load_prompts(opened.folder / "held_out.jsonl"), f"row-{a.row}"
-        if not 0 <= a.row < len(prompts):
-            raise TrpoLMError(f"row = {a.row}; there are rows 0 to {len(prompts) - 1}", where="row")
-        prompts = Prompts(*prompts.take([a.row]))
+    elif (held_out := held_out_prompts(opened)) is not None:
+        if not 0 <= a.row < len(held_out):
+            last = len(held_out) - 1
+            raise TrpoLMError(f"row = {a.row}; there are rows 0 to {last}", where="row")
+        prompts, name = Prompts(*held_out.take([a.row])), f"row-{a.row}"
     else:
         raise TrpoLMError(
             "the run had no held-out prompts", where=a.run, hint="give one with --prompt"

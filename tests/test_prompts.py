@@ -8,7 +8,7 @@ import tiny
 from datasets import Dataset, DatasetDict
 
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.prompts import Prompts, check_prompts, load_prompts
+from trpo_lm.prompts import Prompts, check_prompts, load_both, load_prompts
 
 TALK = [{"role": "user", "content": "w1 w2"}]
 ROWS = [{"prompt": "a b", "label": 1}, {"prompt": "c", "label": 0}]
@@ -194,3 +194,13 @@ def test_take_split_and_fingerprint():
     assert prompts.fingerprint() == load_prompts(rows).fingerprint()
     others = [rows[::-1], rows[:-1], [{**row, "x": 0} for row in rows]]
     assert len({load_prompts(o).fingerprint() for o in [rows, *others]}) == 4
+
+
+def test_held_out_prompts_are_the_file_named_or_the_last_rows(tmp_path):
+    rows = [f"w{i}" for i in range(40)]
+    train, held_out = load_both(rows, None, column="prompt", split_off=256)
+    assert train.prompts == rows[:36] and held_out.prompts == rows[36:]  # at most a tenth
+    assert load_both(rows, None, column="prompt", split_off=2)[1].prompts == rows[38:]
+    (tmp_path / "own.csv").write_text("q\nx\ny\n")
+    train, held_out = load_both(rows, tmp_path / "own.csv", column="q", split_off=2)
+    assert train.prompts == rows and held_out.prompts == ["x", "y"]

@@ -52,18 +52,17 @@ def make_tokenizer(bos="<bos>", eos=None, pad="<pad>", template=None):
 
 def make_model(kind="gpt2", **options):
     torch.manual_seed(0)
-    if kind == "bert":
-        config = BertConfig(
+    classes = {
+        "bert": (BertConfig, BertForSequenceClassification),
+        "llama": (LlamaConfig, LlamaForSequenceClassification),
+    }
+    if kind in classes:
+        make_config, make = classes[kind]
+        config = make_config(
             vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
             intermediate_size=16, max_position_embeddings=24, initializer_range=0.5, **options,
         )  # fmt: skip
-        return BertForSequenceClassification(config).eval()
-    if kind == "llama":
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=16, max_position_embeddings=24, initializer_range=0.5, **options,
-        )  # fmt: skip
-        return LlamaForSequenceClassification(config).eval()
+        return make(config).eval()
     config = GPT2Config(
         vocab_size=64,
         n_embd=16,

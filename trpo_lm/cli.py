@@ -325,6 +325,16 @@ def _help_parser(
 # ---------------------------------------------------------------- running
 
 
+def redraw(draw: Callable[[], None]) -> int:
+    """Do what `python -m` asked for; return the exit code, a mistake told in one line."""
+    try:
+        draw()
+    except TrpoLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def main(run: Callable[[], None], *, debug: bool | None = None) -> NoReturn:
     """Run a recipe and leave the process with its exit code.
 

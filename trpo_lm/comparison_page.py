@@ -22,6 +22,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from trpo_lm.cli import redraw
 from trpo_lm.comparison import (
     FIGURES,
     MANY,
@@ -35,7 +36,6 @@ from trpo_lm.comparison import (
     load_comparison,
     mean,
 )
-from trpo_lm.errors import TrpoLMError
 from trpo_lm.metrics import clean, number
 from trpo_lm.report import STYLE, _column
 
@@ -382,17 +382,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="draw only the frontier, with few arms, into this file",
     )  # fmt: skip
     args = parser.parse_args(arguments)
-    try:
+
+    def draw() -> None:
         if args.frontier is None:
             print(write_page(args.folder))
         else:
             c = load_comparison(args.folder)
             _draw("frontier", replace(c, arms=c.featured), args.frontier)
             print(args.frontier)
-    except TrpoLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return redraw(draw)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class TRPOSettings:
                     "a number of at least 0, or None",
                 ),
                 "fisher_completions": (_whole(self.fisher_completions, 1), "at least 1"),
-                "line_search_trials": (_whole(self.line_search_trials, 0), "at least 1"),
+                "line_search_trials": (_whole(self.line_search_trials, 0), "at least 0"),
                 "backtrack_ratio": (
                     _number(self.backtrack_ratio, above=0, most=0.999),
                     "in (0, 1)",

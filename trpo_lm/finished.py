@@ -29,10 +29,10 @@ from trpo_lm.mdp import Rollout, TokenMDP, end_token_ids
 from trpo_lm.metrics import read_json_lines
 from trpo_lm.outcome import CRITIC
 from trpo_lm.policy import Policy
-from trpo_lm.prompts import Prompts
+from trpo_lm.prompts import Prompts, load_prompts
 from trpo_lm.reward_models import RewardModel
-from trpo_lm.rewards import Rewards
-from trpo_lm.trainer import METRICS, load_tokenizer, quiet_loading
+from trpo_lm.rewards import Rewards, abstain
+from trpo_lm.trainer import HELD_OUT, METRICS, load_tokenizer, quiet_loading
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -89,7 +89,7 @@ def open_run(
         rewards = _rewards(settings, reward, device)
     mdp = TokenMDP(
         tokenizer,
-        rewards or Rewards(_no_score),
+        rewards or Rewards(abstain),
         eos_token_ids=end_token_ids(policy.base, tokenizer),
         max_completion_length=settings["max_completion_length"],
     )
@@ -104,6 +104,12 @@ def open_run(
         critic.load(load_file(saved / f"{CRITIC}.safetensors"))
     update = _update(folder, saved, checkpoint)
     return FinishedRun(folder, checkpoint, update, settings, policy, mdp, rewards, critic)
+
+
+def held_out_prompts(run: FinishedRun) -> Prompts | None:
+    """Return the prompts that a run was evaluated on; None if it had none."""
+    file = run.folder / HELD_OUT
+    return load_prompts(file) if file.is_file() else None
 
 
 def evaluate(
@@ -288,10 +294,6 @@ def _update(folder: Path, saved: Path, checkpoint: str) -> int:
     if checkpoint != "last":
         return int(checkpoint)
     return max((row["update"] for row in read_json_lines(folder / METRICS)), default=0)
-
-
-def _no_score(completions: list[str]) -> list[None]:
-    return [None] * len(completions)
 
 
 def _interval(values: Tensor) -> list[float] | None:

@@ -23,7 +23,7 @@ from trpo_lm.policy import Policy
 from trpo_lm.prompts import Prompts
 from trpo_lm.report import model_card, plot_run, summary
 from trpo_lm.reward_models import RewardModel
-from trpo_lm.rewards import Rewards
+from trpo_lm.rewards import Rewards, abstain
 
 CARD = "README.md"
 CRITIC = "value_head"  # stem of the critic's file, in checkpoints too
@@ -92,7 +92,7 @@ def samples(
     firsts = [int((rollout.groups == g).nonzero()[0]) for g in rollout.groups.unique()[:count]]
     silent = TokenMDP(
         mdp.tokenizer,
-        Rewards(lambda completions: [None] * len(completions)),
+        Rewards(abstain),
         eos_token_ids=mdp.eos_token_ids,
         max_completion_length=mdp.max_completion_length,
         pad_token_id=mdp.pad_token_id,

@@ -46,6 +46,23 @@ class Prompts:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def load_both(
+    dataset: Any, eval_dataset: Any, *, column: str, split_off: int
+) -> tuple[Prompts, Prompts]:
+    """Return the prompts to train on and the held-out ones.
+
+    Args:
+        dataset: As `load_prompts` takes it.
+        eval_dataset: Likewise; None: the last rows of the dataset.
+        column: Of both, that holds the prompt.
+        split_off: Rows held out where there is no eval_dataset, at most a tenth of all.
+    """
+    prompts = load_prompts(dataset, column=column)
+    if eval_dataset is None:
+        return prompts.split_off(split_off)
+    return prompts, load_prompts(eval_dataset, column=column)
+
+
 def load_prompts(source: Any, *, column: str = "prompt", split: str = "train") -> Prompts:
     """Read prompts from a dataset, a list, a file or a hub id.
 

@@ -26,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from trpo_lm.cli import redraw
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.metrics import clean, number, read_json_lines
 
@@ -514,13 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="folder that holds metrics.jsonl")
     parser.add_argument("--out", help="folder for the figures; default: RUN/plots")
     options = parser.parse_args(arguments)
-    try:
-        for path in plot_run(options.run, options.out):
-            print(path)
-    except TrpoLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return redraw(lambda: print(*plot_run(options.run, options.out), sep="\n"))
 
 
 if __name__ == "__main__":

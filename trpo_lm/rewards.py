@@ -68,6 +68,11 @@ def scores_prefixes(function: Callable) -> Callable:
     return function
 
 
+def abstain(completions: list[str]) -> list[None]:
+    """Score nothing: the reward of rollouts that are only looked at."""
+    return [None] * len(completions)
+
+
 def load_reward(target: str) -> Callable:
     """Import the reward function that `module:callable` names, for command lines.
 

@@ -43,7 +43,7 @@ EMBEDDED = HERE.parent.parent / "data" / "lm"
 PROMPT, LENGTH, FISHER = 6, 24, 64
 COMPLETIONS = {"film": 512, "six": 512, "small": 64, "qwen": 16}
 PHASES = {"gradients": "g and b", "fisher": "Fisher graph", "measure_at": "line search"}
-PEAKS = ("trpo", "ppo", "gradients", "fisher graph and product", "measure_at")
+PEAKS = ("trpo", "ppo", "measure_at")
 
 
 def build(size: str, model: str):
@@ -321,9 +321,7 @@ def report(size: str, args) -> dict:
     if size == "six":
         out["outside tensor work"] = round(outside_tensor_work(works["trpo"]), 4)
     out["rollout, tokens per CPU second"] = rollout_speed(policy, args.repeats)
-    out["peak MiB"] = {
-        name: peak(size, name, args, N, LENGTH) for name in ("trpo", "ppo", "measure_at")
-    }
+    out["peak MiB"] = {name: peak(size, name, args, N, LENGTH) for name in PEAKS}
     return out
 
 
@@ -340,12 +338,8 @@ def peak(size: str, name: str, args, completions: int, length: int) -> float:
 def peak_here(size: str, name: str, args) -> float:
     """Do a work once and return how far resident memory rose above where it stood, MiB."""
     policy, batch = setting(size, args.model, args.completions, args.length, args.micro_batch_size)
-    N, v = float(args.completions), torch.ones(len(policy.parameters))
-    works = updates(policy, batch) | {
-        "gradients": lambda: gradients(policy, batch, alone, N, reference=True),
-        "fisher graph and product": lambda: fisher(policy, batch, alone, FISHER)(v),
-        "measure_at": lambda: measure_at(policy, batch, alone, N),
-    }
+    N = float(args.completions)
+    works = updates(policy, batch) | {"measure_at": lambda: measure_at(policy, batch, alone, N)}
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _resident("VmRSS")
     works[name]()
