@@ -1,5 +1,6 @@
 """Several processes with a real gloo group: cases D01-D05, D07, D08 and the rest of X08."""
 
+import atexit
 import json
 import os
 import signal
@@ -349,10 +350,25 @@ def test_D08_saved_on_two_ranks_and_resumed_on_one(tmp_path):
     assert "not bit-exact" in log.read_text()
 
 
+# ---------------------------------------------------------------- the end of a process
+
+
+def joined_after_exit():
+    Ranks().wait()
+    atexit._run_exitfuncs()
+    return torch.distributed.is_initialized()
+
+
+def test_the_process_group_ends_before_python_does():
+    # A gloo thread left running aborts one exit in five, and the launcher calls the run failed.
+    assert same(processes.ranks(2, joined_after_exit)) is False
+
+
 # ---------------------------------------------------------------- the launcher itself
 
 SCRIPT = """
-import sys
+import faulthandler, sys
+faulthandler.dump_traceback_later(200, exit=True)
 sys.path.insert(0, {here!r})
 import os, pathlib, runs
 runs.no_pictures()
@@ -448,8 +464,9 @@ def test_two_launchers_are_two_nodes_of_one_run(tmp_path, launcher):
     nodes = [
         start(NODES[launcher], script, log, port=port, node=node) for node, log in enumerate(logs)
     ]
-    assert [node.wait(300) for node in nodes] == [0, 0]
+    codes = [node.wait(300) for node in nodes]
     told = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(told)
     for node, text in enumerate(told):
         assert f"rank {node} ends with {checksum(folder)}" in text
     assert "update 6/6" in told[0] and "update" not in told[1]

@@ -12,6 +12,7 @@ This is the only module that imports accelerate.
 
 from __future__ import annotations
 
+import atexit
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -79,6 +80,7 @@ class Ranks:
         self.count = self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.device = self.accelerator.device
+        atexit.register(_leave)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over ranks; the result lies where the tensor lay."""
@@ -189,6 +191,12 @@ class Ranks:
             where = rank if error.where is None else f"{error.where}, {rank}"
             error = type(error)(error.what, where=where, hint=error.hint)
         raise error from failure
+
+
+def _leave() -> None:
+    """Stop the threads of the process group: one that still runs when Python ends aborts it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _told(failure: Exception) -> TrpoLMError:
