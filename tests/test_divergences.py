@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from trpo_lm.divergences import categorical_kl, entropy, log_softmax, token_logprobs
+from trpo_lm.divergences import (
+    categorical_kl,
+    entropy,
+    kl_gradient,
+    log_softmax,
+    logprob_gradient,
+    token_logprobs,
+)
 
 P = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
 Q = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
@@ -124,3 +131,21 @@ def test_gradient_of_the_kl_in_old():
     (grad,) = torch.autograd.grad(kl, z)
     p = z.detach().softmax(-1)
     torch.testing.assert_close(grad, p * ((p / Q).log() - kl.detach()))
+
+
+@pytest.mark.parametrize("impossible", [None, 3])
+def test_gradients_by_the_logits_are_those_of_autograd(impossible):
+    z, moved = torch.randn(2, 5, 7, dtype=torch.float64)
+    if impossible is not None:
+        z[:, impossible] = moved[:, impossible] = -torch.inf
+    z.requires_grad_()
+    actions, weights = torch.tensor([0, 1, 2, 6, 6]), torch.randn(5, dtype=torch.float64)
+    logprobs, new = log_softmax(z), log_softmax(moved)
+    surrogate = (token_logprobs(logprobs, actions) * weights).sum()
+    (wanted,) = torch.autograd.grad(surrogate, z, retain_graph=True)
+    torch.testing.assert_close(logprob_gradient(logprobs.detach().exp(), actions, weights), wanted)
+    possible = [a for a in range(7) if a != impossible]
+    p, q = logprobs[:, possible], new[:, possible]
+    paid = (p.exp() * (p - q)).sum() + (token_logprobs(logprobs, actions) * weights).sum()
+    (wanted,) = torch.autograd.grad(paid, z)
+    torch.testing.assert_close(kl_gradient(logprobs.detach(), new, actions, weights), wanted)

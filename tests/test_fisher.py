@@ -93,6 +93,7 @@ def test_products_do_not_depend_on_the_micro_batch_size(case):
 def test_products_do_not_depend_on_the_chunks_of_the_head(case, monkeypatch, chunk):
     policy, batch, F = case
     v = torch.randn(policy.parameters.size, dtype=torch.float64)
+    monkeypatch.setattr(trpo_lm.policy, "CHUNK_STATES", 1)
     monkeypatch.setattr(trpo_lm.policy, "CHUNK_ELEMENTS", chunk)
     batch.micro_batch_size = 64
     assert relative(fisher(policy, batch, tiny.identity, WIDE)(v), F @ v) < EXACT
@@ -103,6 +104,7 @@ def test_the_curvature_of_many_chunks_is_computed_anew_and_never_held(monkeypatc
     features = torch.randn(40, 8, dtype=torch.float64)
     u = torch.randn_like(features)
     cached = head_curvature(policy, features)(u)
+    monkeypatch.setattr(trpo_lm.policy, "CHUNK_STATES", 1)
     monkeypatch.setattr(trpo_lm.policy, "CHUNK_ELEMENTS", 2 * tiny.V)  # 20 chunks
     alive, most = [], []
 

@@ -4,6 +4,10 @@
     H(pi)       = - sum_a pi(a) log pi(a)
     KL(p ‖ q)   = sum_a p(a) (log p(a) - log q(a))
 
+and their gradients by the logits z of pi, or of p:
+
+    d log pi(a|s) / dz = e_a - pi               d KL(p ‖ q) / dz = p (log p - log q - KL)
+
 Everything takes logits and works in float32 (float64 stays float64): a bfloat16 log-softmax gets
 the KL of two near policies wrong by a thousand times its size. Nothing here samples, and no
 estimator of a KL is offered.
@@ -49,13 +53,42 @@ def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
     Returns:
         KL in nats, shape (...); +inf where q is zero and p is not. Differentiable in both.
     """
-    gap = old - new
+    gap = new - old
     low, high = gap.detach().aminmax()
     if low > -80.0 and high < 80.0:  # q - p = p expm1(log q - log p) does not overflow
-        return torch.linalg.vecdot(old.exp(), gap + torch.expm1(-gap))
-    p = old.exp()
+        return torch.linalg.vecdot(old.exp(), torch.expm1(gap) - gap)
+    p, gap = old.exp(), -gap
     if old.amin() == -torch.inf:  # 0 log 0 = 0, also where q is zero as well
         gap = torch.where(old == -torch.inf, 2.0, old.masked_fill(old == -torch.inf, 0.0) - new)
     near = gap.clamp(-1.0, 1.0)  # farther apart nothing cancels, and expm1 may overflow
     close, far = p * (near + torch.expm1(-near)), p * gap + (new.exp() - p)
     return torch.where(gap.abs() < 1.0, close, far).sum(-1)
+
+
+def logprob_gradient(probabilities: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
+    """Return the gradient of sum_t w_t log pi(a_t|s_t) by the logits, (S, V).
+
+    Args:
+        probabilities: pi, (S, V).
+        actions: a_t, (S,) int64.
+        weights: w_t, (S,).
+    """
+    weights = weights.to(probabilities).unsqueeze(-1)
+    return (probabilities * -weights).scatter_add_(-1, actions.unsqueeze(-1), weights)
+
+
+def kl_gradient(logprobs: Tensor, ref_logprobs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
+    """Return the gradient of sum_t [KL(pi ‖ pi_ref) + w_t log pi(a_t|s_t)] by pi's logits, (S, V).
+
+    Args:
+        logprobs: Log-probabilities of pi, (S, V); -inf where it is zero.
+        ref_logprobs: Those of pi_ref, (S, V).
+        actions: a_t, (S,) int64.
+        weights: w_t, (S,).
+    """
+    p, gap = logprobs.exp(), logprobs - ref_logprobs
+    if logprobs.amin() == -torch.inf:
+        gap = gap.masked_fill(logprobs == -torch.inf, 0.0)
+    weights = weights.to(p).unsqueeze(-1)
+    paid = torch.linalg.vecdot(p, gap).unsqueeze(-1) + weights
+    return p.mul_(gap - paid).scatter_add_(-1, actions.unsqueeze(-1), weights)

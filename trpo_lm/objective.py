@@ -16,7 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trpo_lm.divergences import categorical_kl, token_logprobs
+from trpo_lm.divergences import (
+    categorical_kl,
+    kl_gradient,
+    logprob_gradient,
+    token_logprobs,
+)
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.fisher import (
     FiniteDifference,
@@ -64,20 +69,16 @@ def gradients(
         for rows, tokens in batch.micro_batches((r.groups % 2 == half).nonzero()[:, 0]):
             features = policy.features(*r.model_inputs(rows))
             actions, advantages = batch.actions[tokens], batch.advantages[tokens]
-            old_logprobs, drift = batch.old_logprobs[tokens], after[tokens]
-            ref_features = batch.ref_features[tokens]
+            drift, ref_features = after[tokens], batch.ref_features[tokens]
 
-            def sums(logprobs: Tensor, s: slice, a=actions, A=advantages, old=old_logprobs,
-                     d=drift, ref=ref_features) -> list[Tensor]:  # fmt: skip
-                logprob = token_logprobs(logprobs, a[s])
-                surrogate = ((logprob - old[s]).exp() * A[s]).sum()
+            def slopes(logprobs: Tensor, s: slice, a=actions, A=advantages, d=drift,
+                       ref=ref_features) -> list[Tensor]:  # fmt: skip
+                of_L = logprob_gradient(logprobs.exp(), a[s], A[s])  # ratio = 1 at theta_old
                 if not reference:
-                    return [surrogate]
-                p, gap = logprobs.detach().exp(), logprobs.detach() - policy.logprobs(ref[s])
-                slope = torch.where(p > 0, p * gap, 0.0)  # of KL_t by log pi; `+ p` moves nothing
-                return [surrogate, (slope * logprobs).sum() + (logprob * d[s]).sum()]
+                    return [of_L]
+                return [of_L, kl_gradient(logprobs, policy.logprobs(ref[s]), a[s], d[s])]
 
-            for_g, *for_b = policy.cotangents(features, sums)
+            for_g, *for_b = policy.cotangents(features, slopes)
             g[half] += theta.gradient(features, cotangent=for_g, retain=bool(for_b))
             if for_b:
                 b[half] += theta.gradient(features, cotangent=for_b[0])
@@ -169,10 +170,10 @@ def _finite_difference(
         for inputs, before in zip(parts, old, strict=True):
             features = policy.features(*inputs)
 
-            def D(new: Tensor, s: slice, before: Tensor = before) -> list[Tensor]:
-                return [categorical_kl(old=policy.logprobs(before[s]), new=new).sum()]
+            def of_D(new: Tensor, s: slice, before: Tensor = before) -> list[Tensor]:
+                return [new.exp() - policy.logprobs(before[s]).exp()]
 
-            (cotangent,) = policy.cotangents(features, D)
+            (cotangent,) = policy.cotangents(features, of_D)
             total += theta.gradient(features, cotangent=cotangent)
         return total
 

@@ -47,7 +47,8 @@ from trpo_lm.seeds import global_seed
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ELEMENTS = 1 << 21  # numbers in one [tokens, V] chunk: 8 MB in float32, near the cache
+CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
+CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
 
 
 def default_lora() -> LoraConfig:
@@ -209,7 +210,8 @@ class Policy:
         """
         logits = features if self.head is None else self.head(features)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return log_softmax(logits.to(dtype) / self.temperature)
+        logits = logits.to(dtype)
+        return log_softmax(logits if self.temperature == 1.0 else logits / self.temperature)
 
     def push(self, cotangent: Tensor) -> Tensor:
         """Map a change of features (n, D) to the change of tempered logits, (n, V)."""
@@ -227,32 +229,27 @@ class Policy:
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Cut `count` states into slices whose [states, V] tensors are one chunk each."""
-        size = max(1, CHUNK_ELEMENTS // self.vocabulary_size)
+        size = max(CHUNK_STATES, CHUNK_ELEMENTS // self.vocabulary_size)
         return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
+    @torch.no_grad()
     def cotangents(
-        self, features: Tensor, objective: Callable[[Tensor, slice], Sequence[Tensor]]
+        self, features: Tensor, slopes: Callable[[Tensor, slice], Sequence[Tensor]]
     ) -> list[Tensor]:
-        """Differentiate sums over states by the features, one chunk of the head at a time.
+        """Pull gradients by the logits back to the features, one chunk of the head at a time.
 
         Args:
             features: (S, D); its graph is not touched.
-            objective: Maps log-probabilities (n, V) and the slice of states they belong to, to
-                scalars (sums over those states).
+            slopes: Maps log-probabilities (n, V) and the slice of states they belong to, to the
+                gradients of some scalars by the tempered logits of those states, (n, V) each.
 
         Returns:
-            The gradient of each scalar's total by the features, (S, D) each.
+            The gradient of each scalar by the features, (S, D) each.
         """
-        parts: list[tuple[Tensor, ...]] = []
-        for where in self.chunks(len(features)):
-            leaf = features[where].detach().requires_grad_()
-            values = objective(self.logprobs(leaf), where)
-            parts.append(
-                tuple(
-                    torch.autograd.grad(value, leaf, retain_graph=i + 1 < len(values))[0]
-                    for i, value in enumerate(values)
-                )
-            )
+        parts = [
+            [self.pull(slope) for slope in slopes(self.logprobs(features[where]), where)]
+            for where in self.chunks(len(features))
+        ]
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def save(self, folder: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from trpo_lm.advantages import gae, group_normalised, leave_one_out, whiten
 from trpo_lm.config import PPOSettings
-from trpo_lm.divergences import token_logprobs
+from trpo_lm.divergences import logprob_gradient, token_logprobs
 from trpo_lm.mdp import Batch
 from trpo_lm.objective import Reduce, measure_at
 from trpo_lm.policy import Policy
@@ -131,16 +131,15 @@ class PPO(PPOSettings):
         for part, tokens in batch.micro_batches(rows):
             features = policy.features(*r.model_inputs(part))
 
-            def surrogate(logprobs: Tensor, s: slice, tokens: Tensor = tokens) -> list[Tensor]:
-                logprob = token_logprobs(logprobs, batch.actions[tokens[s]])
-                ratio = (logprob - batch.old_logprobs[tokens[s]]).exp()
-                gain = ratio * batch.advantages[tokens[s]]
-                if self.clip is not None:
-                    clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
-                    gain = torch.minimum(gain, clipped * batch.advantages[tokens[s]])
-                return [gain.sum()]
+            def slope(logprobs: Tensor, s: slice, tokens: Tensor = tokens) -> list[Tensor]:
+                actions, A = batch.actions[tokens[s]], batch.advantages[tokens[s]]
+                ratio = (token_logprobs(logprobs, actions) - batch.old_logprobs[tokens[s]]).exp()
+                gain = ratio * A  # and so is its derivative by log pi
+                if self.clip is not None:  # beyond the clip there is nothing to gain
+                    gain = gain * (gain <= ratio.clamp(1 - self.clip, 1 + self.clip) * A)
+                return [logprob_gradient(logprobs.exp(), actions, gain)]
 
-            (cotangent,) = policy.cotangents(features, surrogate)
+            (cotangent,) = policy.cotangents(features, slope)
             total += theta.gradient(features, cotangent=cotangent)
         count = float(reduce(r.lengths[rows].double().sum()))
         return reduce(total) / max(count, 1.0)

@@ -68,7 +68,7 @@ def _measure(a: Arguments, seed: int, tokenizer) -> dict:
 
     from trpo_lm.advantages import gae, leave_one_out, returns
     from trpo_lm.critic import PrefixCritic, ValueHead
-    from trpo_lm.divergences import token_logprobs
+    from trpo_lm.divergences import logprob_gradient
     from trpo_lm.mdp import TokenMDP, end_token_ids, measure
     from trpo_lm.policy import Policy
     from trpo_lm.prompts import load_prompts
@@ -109,11 +109,12 @@ def _measure(a: Arguments, seed: int, tokenizer) -> dict:
             for part, tokens in batch.micro_batches():
                 features = policy.features(*r.model_inputs(part))
 
-                def sums(logprobs, s, tokens=tokens, actions=batch.actions, flat=flat):
-                    logprob = token_logprobs(logprobs, actions[tokens[s]])
-                    return [(logprob * A[tokens[s]]).sum() for A in flat]
+                def slopes(logprobs, s, tokens=tokens, actions=batch.actions, flat=flat):
+                    at = tokens[s]
+                    p = logprobs.exp()
+                    return [logprob_gradient(p, actions[at], A[at]) for A in flat]
 
-                for k, cotangent in enumerate(policy.cotangents(features, sums)):
+                for k, cotangent in enumerate(policy.cotangents(features, slopes)):
                     last = k + 1 == len(flat)
                     total[k] += policy.parameters.gradient(
                         features, cotangent=cotangent, retain=not last
