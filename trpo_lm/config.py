@@ -65,7 +65,7 @@ class TRPOSettings:
         "default: the measured noise scale in batches",
     )
     fisher_completions: int = option(
-        64, "completions (over all processes) whose tokens make up the Fisher products"
+        32, "completions (over all processes) whose tokens make up the Fisher products"
     )
     line_search_trials: int = option(
         8, "step lengths tried before the step is given up; 0: take the full step (NPG)"
