@@ -62,7 +62,7 @@ def main():
         # g = grad L, b = grad R, F = Hessian of D; v = (F + lambda D)^-1 g and w likewise of b, by
         # conjugate gradient in the coordinates in which the damping is isotropic
         g, b = (halves.sum(0) / N for halves in gradients(policy, batch, alone, N, reference=True))
-        F = fisher(policy, batch, alone, 64)
+        F = fisher(policy, batch, alone, 32)
         d = running_rms(kept, g).rsqrt()
         solves = [
             conjugate_gradient(
