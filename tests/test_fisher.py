@@ -13,6 +13,7 @@ from trpo_lm.errors import TrpoLMError
 from trpo_lm.fisher import (
     FiniteDifference,
     FisherOperator,
+    constant_slopes,
     hessian_operator,
     softmax_curvature,
     twice_differentiable,
@@ -268,3 +269,34 @@ def test_finite_differences_are_refused_in_half_precision():
     with pytest.raises(TrpoLMError, match="half-precision") as error:
         fisher(policy, tiny.batch(policy), tiny.identity, WIDE)
     assert "bf16=False" in str(error.value)
+
+
+@pytest.mark.parametrize("function", [torch.nn.SiLU(), torch.nn.GELU("tanh"), torch.nn.ReLU()])
+def test_constant_slopes_change_no_product_with_the_jacobian(function):
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    kept = function.forward = lambda z: type(function).forward(function, z)  # as a hook would
+    with constant_slopes([function]):
+        y = function(x)
+    assert function.forward is kept
+    torch.testing.assert_close(y, function(x))
+    u = torch.zeros_like(y, requires_grad=True)
+    (vjp,) = torch.autograd.grad(y, x, u, create_graph=True)
+    v = torch.randn_like(x)
+    (Jv,) = torch.autograd.grad(vjp, u, v)
+    slope = torch.autograd.grad(function(x).sum(), x)[0]
+    torch.testing.assert_close(Jv, slope * v)
+    with pytest.raises(ValueError), constant_slopes([function]):
+        raise ValueError
+    del function.forward
+    with constant_slopes([function]):
+        pass
+    assert "forward" not in vars(function)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_models_activations_are_known(kind):
+    policy = tiny.policy(kind)
+    assert len(policy._activations) == policy.base.config.num_hidden_layers
+    batch = tiny.batch(policy)
+    inputs = batch.rollout.model_inputs(torch.arange(len(batch.rollout)))
+    torch.testing.assert_close(policy.linearised(*inputs), policy.features(*inputs))

@@ -10,7 +10,8 @@ One product costs about one forward+backward of the same tokens, in three steps:
     c -> J^T c        one more vector-Jacobian product
 
 The graph is built once an update, on a subset of whole completions, with the mathematical attention
-kernel: the fused kernels have no second derivative. A model whose layers have none at all
+kernel (the fused kernels have no second derivative) and with activations that keep their slopes: J
+takes nothing else from an elementwise function. A model whose layers have none at all
 (hand-written kernels, quantised weights) gets its products as finite differences of grad D.
 
 Source: the Gauss-Newton form of the Fisher, Martens (2020), arXiv:1412.1193, section 9.2; the
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,42 @@ def twice_differentiable() -> Iterator[None]:
     """Use attention kernels that have a second derivative inside the block."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+class _Sloped(torch.autograd.Function):
+    """An elementwise function whose slope is worked out once and is a constant from then on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = function(leaf)
+            (slope,) = torch.autograd.grad(y.sum(), leaf)
+        ctx.save_for_backward(slope)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None
+
+
+@contextmanager
+def constant_slopes(activations: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Let elementwise modules be straight lines for every derivative after the first.
+
+    A product with J or its transpose is then one multiplication per activation, instead of all
+    the steps of its formula. Wrong for a Hessian, which needs how slopes change.
+    """
+    before = [module.__dict__.get("forward") for module in activations]
+    for module in activations:
+        module.forward = lambda x, function=module.forward: _Sloped.apply(x, function)
+    try:
+        yield
+    finally:
+        for module, forward in zip(activations, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def softmax_curvature(logprobs: Tensor) -> Curvature:

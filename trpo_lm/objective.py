@@ -27,7 +27,6 @@ from trpo_lm.fisher import (
     FiniteDifference,
     FisherOperator,
     softmax_curvature,
-    twice_differentiable,
 )
 from trpo_lm.mdp import Batch
 from trpo_lm.policy import Policy
@@ -144,12 +143,9 @@ def fisher(
     parts = [r.model_inputs(part) for part, _ in batch.micro_batches(rows)]
     if policy.lacks_second_derivative is not None:
         return _finite_difference(policy, parts, count, reduce)
-    pieces = []
-    with twice_differentiable():
-        for inputs in parts:
-            features = policy.features(*inputs, recompute=False)
-            pieces.append((features, head_curvature(policy, features.detach())))
-        return FisherOperator(theta, pieces, count=count, reduce=reduce)
+    outputs = [policy.linearised(*inputs) for inputs in parts]
+    pieces = [(features, head_curvature(policy, features.detach())) for features in outputs]
+    return FisherOperator(theta, pieces, count=count, reduce=reduce)
 
 
 def _finite_difference(

@@ -37,17 +37,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2CLS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trpo_lm.divergences import log_softmax
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.fisher import lacks_second_derivative
+from trpo_lm.fisher import constant_slopes, lacks_second_derivative, twice_differentiable
 from trpo_lm.parameters import ParameterVector
 from trpo_lm.seeds import global_seed
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
+ELEMENTWISE = {found[0] if isinstance(found, tuple) else found for found in ACT2CLS.values()}
 CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
 
 
@@ -112,6 +114,9 @@ class Policy:
         self._reference = self.parameters.snapshot()
         self._transformer = self.base.base_model
         self.head = self._linear_head()
+        self._activations = [
+            m for m in self.base.modules() if type(m) in ELEMENTWISE and not list(m.parameters())
+        ]
         self.lacks_second_derivative = self._second_derivative_missing()
 
     @property
@@ -168,24 +173,22 @@ class Policy:
         output = self.base(**inputs, output_hidden_states=True)
         return output.hidden_states[-1][state_mask].detach(), output.logits[state_mask]
 
-    def features(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        state_mask: Tensor,
-        *,
-        recompute: bool = True,
-    ) -> Tensor:
-        """Return the features of `hidden_and_features`, with a graph to theta.
-
-        `recompute=False` keeps activations even under gradient checkpointing: for a graph that is
-        gone through many times, and whose attention kernels must not be chosen anew.
-        """
-        self._recompute = recompute and torch.is_grad_enabled()
+    def features(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> Tensor:
+        """Return the features of `hidden_and_features`, with a graph to theta."""
+        self._recompute = torch.is_grad_enabled()
         try:
             return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
         finally:
             self._recompute = False
+
+    def linearised(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> Tensor:
+        """Return the same features with a graph for many products with their Jacobian.
+
+        Activations are kept even under gradient checkpointing: the graph is gone through many
+        times, and its attention kernels must not be chosen anew.
+        """
+        with twice_differentiable(), constant_slopes(self._activations):
+            return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
 
     def graph_bytes(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> int:
         """Return the memory that the graph of `features` holds, weights not counted."""
@@ -343,9 +346,7 @@ class Policy:
         """Find out on a probe why there is no second derivative; None where there is one."""
         ids = torch.arange(8, device=self.device)[None] % self.vocabulary_size
         probe = (ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
-        reason = lacks_second_derivative(
-            lambda: self.features(*probe, recompute=False), self.parameters
-        )
+        reason = lacks_second_derivative(lambda: self.linearised(*probe), self.parameters)
         if reason is not None:
             logger.warning("Fisher products will be finite differences: %s", reason)
         return reason

@@ -146,7 +146,7 @@ def pieces(policy, few) -> dict:
 
     def divergence():
         with twice_differentiable():
-            features = policy.features(*few.rollout.model_inputs(rows), recompute=False)
+            features = policy.features(*few.rollout.model_inputs(rows))
         new = policy.logprobs(features)
         return categorical_kl(old=new.detach(), new=new).sum() / N
 
