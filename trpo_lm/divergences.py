@@ -91,4 +91,4 @@ def kl_gradient(logprobs: Tensor, ref_logprobs: Tensor, actions: Tensor, weights
         gap = gap.masked_fill(logprobs == -torch.inf, 0.0)
     weights = weights.to(p).unsqueeze(-1)
     paid = torch.linalg.vecdot(p, gap).unsqueeze(-1) + weights
-    return p.mul_(gap - paid).scatter_add_(-1, actions.unsqueeze(-1), weights)
+    return p.mul_(gap.sub_(paid)).scatter_add_(-1, actions.unsqueeze(-1), weights)
