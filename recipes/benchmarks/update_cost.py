@@ -371,11 +371,11 @@ def scaling(args):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    axes = {"completions": (64, 128, 256), "length": (8, 16, 32), "width": (64, 128, 256)}
+    axes = {"completions": (128, 256, 512), "length": (8, 16, 32), "width": (64, 128, 256)}
     rows = []
     for axis, values in axes.items():
         for value in values:
-            at = {"completions": 64, "length": 16, "width": 64} | {axis: value}
+            at = {"completions": 128, "length": 16, "width": 64} | {axis: value}
             policy, batch = setting(
                 str(at["width"]), "", at["completions"], at["length"], args.micro_batch_size
             )
