@@ -195,7 +195,7 @@ class Ranks:
 
 def _leave() -> None:
     """Stop the threads of the process group: one that still runs when Python ends aborts it."""
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
