@@ -435,9 +435,17 @@ class Batch:
     advantages: Tensor
     micro_batch_size: int
 
-    def micro_batches(self, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return pairs of row indices and the indices of their tokens in the flat order."""
-        for part in self.rollout.micro_batches(self.micro_batch_size, rows):
+    def micro_batches(
+        self, rows: Tensor | None = None, *, share: float = 1.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return pairs of row indices and the indices of their tokens in the flat order.
+
+        Args:
+            rows: Which completions; all when None.
+            share: Of `micro_batch_size`, where a pass keeps more than one graph's memory.
+        """
+        size = max(1, int(self.micro_batch_size * share))
+        for part in self.rollout.micro_batches(size, rows):
             yield part, self.rollout.token_index(part)
 
 

@@ -64,8 +64,10 @@ def gradients(
     after = (kl.flip(-1).cumsum(-1).flip(-1) - kl)[r.action_mask].to(batch.ref_kl)  # t' > t
     g = torch.zeros(2, len(theta), device=policy.device, dtype=theta.tensors[0].dtype)
     b = torch.zeros_like(g)
+    share = 0.5 if reference else 1.0  # a graph that is kept for a second backward pass
     for half in range(2):  # by prompt: completions of one prompt are not independent
-        for rows, tokens in batch.micro_batches((r.groups % 2 == half).nonzero()[:, 0]):
+        chosen = (r.groups % 2 == half).nonzero()[:, 0]
+        for rows, tokens in batch.micro_batches(chosen, share=share):
             features = policy.features(*r.model_inputs(rows))
             actions, advantages = batch.actions[tokens], batch.advantages[tokens]
             drift, ref_features = after[tokens], batch.ref_features[tokens]
