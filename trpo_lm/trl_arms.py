@@ -135,6 +135,7 @@ def _arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
         "max_completion_length": args.max_completion_length,
         "temperature": args.temperature,
         "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant",  # as in every other arm
         "beta": settings.beta,
         "shuffle_dataset": False,
         "disable_dropout": True,  # as in every other arm
