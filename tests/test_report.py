@@ -145,6 +145,14 @@ def test_the_command_line_redraws_a_run(run, tmp_path):
     assert (tmp_path / "overview.csv").exists()
 
 
+def test_what_was_measured_once_did_not_change():
+    rows = [
+        {"objective/score_mean": s, "objective/eval_score_mean": e} for s, e in ((1, None), (2, 3))
+    ]
+    assert [name for name, *_ in summary(rows)] == ["mean score, training prompts"]
+    assert summary(rows[:1]) == [("mean score, training prompts", 1.0, 1.0)]
+
+
 def test_the_summary_goes_from_first_to_last(run):
     lines = {name: (first, last) for name, first, last in summary(load_run(run))}
     assert lines["mean score, training prompts"] == pytest.approx((0.56, 0.71))

@@ -389,7 +389,7 @@ def summary(rows: Rows) -> list[tuple[str, float, float]]:
     for name, text in words.items():
         values = _column(rows, name)
         values = values[np.isfinite(values)]
-        if len(values):
+        if len(values) > 1 or len(values) == len(rows) == 1:  # measured once is no change
             lines.append((text, float(values[0]), float(values[-1])))
     return lines
 
