@@ -49,8 +49,8 @@ from trpo_lm.seeds import global_seed
 logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
-ELEMENTWISE = {found[0] if isinstance(found, tuple) else found for found in ACT2CLS.values()}
 CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
+ELEMENTWISE = {found[0] if isinstance(found, tuple) else found for found in ACT2CLS.values()}
 
 
 def default_lora() -> LoraConfig:

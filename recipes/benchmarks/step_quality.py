@@ -97,13 +97,13 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
     gains: dict[str, list[float]] = {name: [] for name in ways}
     for i, batch in enumerate(batches):
         others = [j for j in range(len(batches)) if j != i]
-        step_of = solver(trainer, batch, sums[i][0], g[i], b[i], N)
+        solve_for, step_of = solver(trainer, batch, sums[i][0], g[i], b[i], N)
         truth = fisher(policy, batches[others[0]], reduce, int(N))
         g_true, b_true = (x[others].double().mean(0) for x in (g, b))
         k = reference_kl(batch, reduce, N)[0]
         worth = 0.0
         if k > a.max_ref_kl - NEAR:
-            w = step_of(truth, EXACT, b_true.float())
+            w = solve_for(truth, EXACT, b_true.float()).x.double()
             worth = float(g_true @ w / (b_true @ w))
         for name, (completions, iterations) in ways.items():
             x = step_of(fisher(policy, batch, reduce, completions), iterations)
@@ -115,7 +115,7 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
 
 
 def solver(trainer, batch, halves_g, g, b, N: float):
-    """Return (F, iterations) -> the step that the run would take; or F^-1 of a third argument."""
+    """Return two functions of F and iterations: its solve for a vector, and the run's own step."""
     rule, state = trainer.algorithm, copy.deepcopy(trainer.algorithm_state)
     metric = running_rms(state, g)
     seen = noise(halves_g * metric.rsqrt(), N)
@@ -123,17 +123,17 @@ def solver(trainer, batch, halves_g, g, b, N: float):
     k, error = reference_kl(batch, trainer.ranks.reduce, N)
     K = budget_on_batch(state["reference"], k=k, error=error, budget=rule.max_ref_kl)
 
-    def step_of(F, iterations: int, alone: torch.Tensor | None = None) -> torch.Tensor:
-        settings = replace(rule, cg_iterations=iterations)
-        if alone is not None:
-            return solve(F, alone, damping, metric, settings).x.double()
-        v, w = (solve(F, rhs, damping, metric, settings) for rhs in (g, b))
+    def solve_for(F, iterations: int, rhs: torch.Tensor):
+        return solve(F, rhs, damping, metric, replace(rule, cg_iterations=iterations))
+
+    def step_of(F, iterations: int) -> torch.Tensor:
+        v, w = (solve_for(F, iterations, rhs) for rhs in (g, b))
         plane, curved = spanning(F, v, w)
         slopes = plane @ g.double(), plane @ b.double()
         step = plane_step(plane @ curved.T, *slopes, delta=rule.max_kl, excess=k - K)
         return torch.tensor(step.multipliers, dtype=torch.float64) @ plane
 
-    return step_of
+    return solve_for, step_of
 
 
 def collect(trainer, count: int) -> list:
