@@ -299,6 +299,20 @@ def test_a_run_that_blew_up_is_a_result(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("kl", "near", "collapsed"),
+    [(0.89, "0%", "0%"), (0.91, "100%", "0%"), (1.09, "100%", "0%"), (1.11, "0%", "0%"),
+     (21.0, "0%", "100%")],
+)  # fmt: skip
+def test_a_run_is_near_what_it_was_asked_for_within_ten_per_cent(tmp_path, kl, near, collapsed):
+    folder = a_folder(tmp_path / "c", arms=["trpo max_ref_kl=1"], seeds=1)
+    file = folder / "runs/trpo_max_ref_kl=1/seed-0/result.json"
+    result = json.loads(file.read_text())
+    result["held_out"]["ref_kl"] = kl
+    file.write_text(json.dumps(result))
+    assert kept_promises(load_comparison(folder)) == [["trpo", 1, near, collapsed]]
+
+
 def test_equal_kl_pairs_runs_of_one_seed_and_picks_the_best_rival(tmp_path):
     comparison = load_comparison(a_folder(tmp_path / "c"))
     rivals = comparison.arms[1:]
