@@ -342,9 +342,9 @@ def _promises(c: Comparison) -> str:
         _table(header, kept_promises(c))
         + _note(
             "* told a price, not a distance: counted is whether a run ends within "
-            "10% of any of the distances that others were asked for. A run that stopped before it "
-            "had come to its distance is not counted as near it."
+            "10% of any of the distances that others were asked for."
         )
+        + _note("A run that stopped before it had come to its distance is not counted as near it.")
         + _note(
             f"Collapsed: score below the reference's, more than {RUNAWAY_KL:g} nats, or a policy "
             "that could not be sampled."
