@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from trpo_lm.advantages import gae, returns, whiten
-from trpo_lm.conjugate_gradient import conjugate_gradient
-from trpo_lm.critic import PrefixCritic
-from trpo_lm.line_search import backtrack
-from trpo_lm.mdp import TokenMDP, end_token_ids, measure
-from trpo_lm.objective import fisher, gradients, measure_at
-from trpo_lm.policy import Policy
-from trpo_lm.reward_models import RewardModel
-from trpo_lm.rewards import Rewards
+from trpo_lm.core.adaptation import running_rms
+from trpo_lm.core.advantages import gae, returns, whiten
+from trpo_lm.core.conjugate_gradient import conjugate_gradient
+from trpo_lm.core.line_search import backtrack
+from trpo_lm.core.trust_region import plane_step
+from trpo_lm.lm.critic import PrefixCritic
+from trpo_lm.lm.mdp import TokenMDP, end_token_ids, measure
+from trpo_lm.lm.objective import fisher, gradients, measure_at
+from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.reward_models import RewardModel
+from trpo_lm.lm.rewards import Rewards
 from trpo_lm.seeds import generator
-from trpo_lm.steering import running_rms
-from trpo_lm.trust_region import plane_step
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 MAX_KL, MAX_REF_KL = 0.1, 2.0  # delta and K, nats per completion

@@ -148,8 +148,8 @@ def run() -> None:
         sys.stdout.flush()
 
     from trpo_lm import PPO, TRPO
-    from trpo_lm.prompts import Prompts, load_both
-    from trpo_lm.sweep import Arm, Sweep
+    from trpo_lm.comparison.sweep import Arm, Sweep
+    from trpo_lm.lm.prompts import Prompts, load_both
 
     own = str(DATA / "prompts_test.jsonl") if a.dataset == Arguments.dataset else None
     prompts, held_out = load_both(
@@ -173,7 +173,7 @@ def run() -> None:
         limit_prompts=a.limit_prompts, limit_samples=a.limit_samples,
     ).run()  # fmt: skip
     if main_process:
-        from trpo_lm.comparison_page import write_page
+        from trpo_lm.comparison.page import write_page
 
         print(f"\ncomparison: {write_page(args.output_dir)}")
 

@@ -66,12 +66,12 @@ def run() -> None:
             raise TrpoLMError(f"{name} = {getattr(a, name)} must be at least 1", where=name)
     print(f"evaluating {a.run}: loading torch and transformers ...", flush=True)
 
-    from trpo_lm.finished import evaluate, held_out_prompts, open_run
-    from trpo_lm.metrics import Console
-    from trpo_lm.prompts import Prompts, load_prompts
-    from trpo_lm.reward_models import RewardModel
-    from trpo_lm.rewards import load_reward
-    from trpo_lm.trainer import quiet_loading
+    from trpo_lm.analysis.saved_run import evaluate, held_out_prompts, open_run
+    from trpo_lm.lm.prompts import Prompts, load_prompts
+    from trpo_lm.lm.reward_models import RewardModel
+    from trpo_lm.lm.rewards import load_reward
+    from trpo_lm.training.console import Console
+    from trpo_lm.training.trainer import quiet_loading
 
     reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
     opened = open_run(a.run, a.checkpoint, reward=reward)
@@ -126,7 +126,7 @@ def run() -> None:
 
 
 def _shown(side: dict, name: str) -> str:
-    from trpo_lm.metrics import number
+    from trpo_lm.report.format import number
 
     if side.get(name) is None:
         return ""

@@ -29,7 +29,7 @@ def run() -> None:
     (a,) = parse((Arguments,), description=__doc__, positional=("run", "out"))
     print(f"merging {a.run}: loading torch and transformers ...", flush=True)
 
-    from trpo_lm.finished import merge, open_run
+    from trpo_lm.analysis.saved_run import merge, open_run
 
     opened = open_run(a.run, a.checkpoint, bf16=False)
     merge(opened, a.out)

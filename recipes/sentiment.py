@@ -68,8 +68,8 @@ def run() -> None:
         print("trpo_lm: loading torch and transformers ...", flush=True)
 
     from trpo_lm import TRPO, Trainer
-    from trpo_lm.prompts import load_both
-    from trpo_lm.rewards import load_reward
+    from trpo_lm.lm.prompts import load_both
+    from trpo_lm.lm.rewards import load_reward
 
     reward = arguments.reward_model
     if arguments.reward_function is not None:

@@ -5,7 +5,7 @@
 A tiny GPT-2 with LoRA, four words and at most four steps has 242 completions of two prompts, so
 every expectation is a finite sum and each statement below is an equation with two sides to compute,
 in float64. For every line: what was measured, its value, and the range that bears the statement
-out. The sums are in tests/theory/enumerable.py, the statements (with their sources) in
+out. The sums are in statements/enumerable.py, the statements (with their sources) in
 identities.py and updates.py beside it; the tests assert these very lines.
 
     1  Q, V, A and GAE                       identities.statement_1
@@ -22,14 +22,9 @@ identities.py and updates.py beside it; the tests assert these very lines.
 
 print("writing out a token MDP with a tiny transformer in it ...", flush=True)
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "theory"))
-
 import torch
-from enumerable import build
-from identities import (
+from statements.enumerable import build
+from statements.identities import (
     statement_1,
     statement_2,
     statement_3,
@@ -38,7 +33,7 @@ from identities import (
     statement_10,
     statement_11,
 )
-from updates import statement_6, statement_7, statement_8, statement_9
+from statements.updates import statement_6, statement_7, statement_8, statement_9
 
 
 def main() -> int:

@@ -41,11 +41,11 @@ def run() -> None:
 
     from pathlib import Path
 
-    from trpo_lm.finished import held_out_prompts, open_run
-    from trpo_lm.metrics import clean, number
-    from trpo_lm.prompts import Prompts
-    from trpo_lm.rewards import load_reward
-    from trpo_lm.token_view import draw_tokens, token_rows
+    from trpo_lm.analysis.saved_run import held_out_prompts, open_run
+    from trpo_lm.analysis.token_view import draw_tokens, token_rows
+    from trpo_lm.lm.prompts import Prompts
+    from trpo_lm.lm.rewards import load_reward
+    from trpo_lm.report.format import clean, number
 
     reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
     opened = open_run(a.run, a.checkpoint, reward=reward)

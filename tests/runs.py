@@ -11,11 +11,11 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import trpo_lm.outcome
+import trpo_lm.training.artifacts
+from trpo_lm.algorithms.ppo import PPO
+from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig
-from trpo_lm.ppo import PPO
-from trpo_lm.trainer import Trainer
-from trpo_lm.trpo import TRPO
+from trpo_lm.training.trainer import Trainer
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w0 w1 w2 w8 w7", "w7 w7", "w3 w0", "w8"]
 HELD_OUT = ["w2 w1", "w6", "w0 w0 w4"]
@@ -108,7 +108,7 @@ def checksum(folder):
 
 def no_pictures():
     """Drawing takes longer than a tiny run."""
-    trpo_lm.outcome.draw = lambda run: None
+    trpo_lm.training.artifacts.draw = lambda run: None
 
 
 class Killer:

@@ -1,8 +1,10 @@
-"""The layer rule: the dependency order is the reading order. Read from the imports, with ast."""
+"""Folders are layers: what stands earlier in the README's tree never imports what comes later."""
 
 import ast
+import re
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -10,102 +12,112 @@ import pytest
 import trpo_lm
 
 PACKAGE = Path(trpo_lm.__file__).parent
-LAYERS = (
-    ("errors", "config", "divergences", "advantages", "parameters", "conjugate_gradient",
-     "trust_region", "line_search", "steering", "seeds"),
-    ("fisher", "policy", "critic", "reward_models", "reward_workers", "rewards", "mdp", "prompts",
-     "objective"),
-    ("trpo", "ppo"),
-)  # fmt: skip
-ORDER = [name for names in LAYERS for name in names]
-LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
-NO_TORCH = ("errors", "config", "cli", "__init__")
+README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+MODULES = {
+    p.relative_to(PACKAGE).as_posix(): p
+    for p in sorted(PACKAGE.rglob("*.py"))
+    if p.name not in ("__init__.py", "__main__.py")
+}
+
+
+def tree():
+    """Return the package's files in the order in which the README lists them."""
+    block = README[README.index("    trpo_lm/\n") :]
+    lines = block[: block.index("\n    recipes/")].splitlines()[1:]
+    found, folder = [], ""
+    for line in lines:
+        names = list(takewhile(re.compile(r"\w+(/|\.py)").fullmatch, line.split()))
+        if names[0].endswith("/"):
+            folder = names[0]
+        else:
+            inside = line.startswith(" " * 8)
+            found += [f"{folder if inside else ''}{name}" for name in names]
+    return found
+
+
+ORDER = tree()
 
 
 def imports(path, *, toplevel=False):
     """Return the dotted names that a file imports; `toplevel` leaves functions out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if toplevel else ast.walk(tree)
+    parsed = ast.parse(path.read_text(encoding="utf-8"))
     found = []
-    for node in nodes:
+    for node in parsed.body if toplevel else ast.walk(parsed):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
+            assert node.level == 0, f"{path}: relative import"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
 
 
 def own(names):
-    """Return the modules of the package among imported names."""
-    parts = [name.split(".") for name in names]
-    return {p[1] for p in parts if p[0] == "trpo_lm" and len(p) > 1}
+    """Return the files of the package that imported names lead to."""
+    found = set()
+    for parts in (name.split(".") for name in names):
+        if parts[0] == "trpo_lm":
+            paths = ("/".join(parts[1:n]) + ".py" for n in range(2, len(parts) + 1))
+            found |= {path for path in paths if path in MODULES}
+    return found
 
 
 def foreign(names):
     return {name.split(".")[0] for name in names} - {"trpo_lm", "__future__"}
 
 
-def files():
-    return sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+def folder(name):
+    return name.rpartition("/")[0]
 
 
-def layer(path):
-    """Layers 0 to 2 are listed above, in reading order; every other file orchestrates: layer 3."""
-    return LAYER.get(path.stem, len(LAYERS))
+def test_the_readme_lists_every_file_once():
+    assert sorted(ORDER) == sorted(MODULES)
+    assert not {Path(n).stem for n in ORDER} & {
+        "utils",
+        "util",
+        "helpers",
+        "common",
+        "misc",
+        "base",
+    }
 
 
-def test_the_listed_files_exist_and_there_is_no_drawer_for_odds_and_ends():
-    names = {p.stem for p in files()}
-    assert set(LAYER) <= names and all(p.parent == PACKAGE for p in files())
-    assert not names & {"utils", "util", "helpers", "common", "misc", "base"}
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_imports_only_what_is_listed_before_it(name):
+    later = {n for n in own(imports(MODULES[name])) if ORDER.index(n) >= ORDER.index(name)}
+    assert not later, f"{name} imports {later}"
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda p: p.stem)
-def test_a_file_imports_lower_layers_or_earlier_files_of_its_own(path):
-    for other in own(imports(path)) & {p.stem for p in files()}:
-        if layer(path) < len(LAYERS):
-            assert other in ORDER, f"{path.stem} imports {other}, of a higher layer"
-            assert ORDER.index(other) < ORDER.index(path.stem), f"{path.stem} imports {other}"
+@pytest.mark.parametrize("name", [n for n in MODULES if folder(n)])
+def test_each_folder_imports_the_libraries_of_its_layer(name):
+    """Only `training` and what stands on it may know accelerate; `core` is torch alone."""
+    before = {folder(n) for n in ORDER[: ORDER.index(name)]} | {folder(name)}
+    libraries = foreign(imports(MODULES[name])) - {*sys.stdlib_module_names}
+    if "lm" not in before:
+        assert libraries <= {"torch"}
+    if "training" not in before:
+        assert "accelerate" not in libraries
+        assert not any(n.startswith("torch.distributed") for n in imports(MODULES[name]))
+    if folder(name) == "report":
+        assert not libraries & {"torch", "transformers", "peft"}
 
 
-def test_no_circle_of_imports():
-    needs = {p.stem: own(imports(p)) & {q.stem for q in files()} for p in files()}
-    while needs:
-        ready = {name for name, others in needs.items() if not others & set(needs)}
-        assert ready, f"circle among {sorted(needs)}"
-        needs = {name: others for name, others in needs.items() if name not in ready}
+def test_only_one_file_imports_accelerate():
+    users = [n for n, path in MODULES.items() if "accelerate" in foreign(imports(path))]
+    assert users == ["training/ranks.py"]
 
 
-def test_layer_0_needs_torch_only():
-    for name in LAYERS[0]:
-        allowed = {*sys.stdlib_module_names} | ({"torch"} if name not in NO_TORCH else set())
-        assert foreign(imports(PACKAGE / f"{name}.py")) <= allowed, name
+FOLDERS = sorted(PACKAGE.glob("*/__init__.py"))
 
 
-def test_only_layer_3_imports_accelerate():
-    for path in files():
-        if layer(path) < 3:
-            assert "accelerate" not in foreign(imports(path)), path.name
+@pytest.mark.parametrize("path", FOLDERS, ids=lambda p: p.parent.name)
+def test_each_folder_says_what_may_be_imported_there(path):
+    parsed = ast.parse(path.read_text(encoding="utf-8"))
+    assert len(parsed.body) == 1 and "mports" in (ast.get_docstring(parsed) or "")
 
 
-def test_layers_0_to_2_know_no_ranks():
-    for path in files():
-        if layer(path) < 3:
-            names = imports(path)
-            assert not any(n.startswith("torch.distributed") for n in names), path.name
-
-
-@pytest.mark.parametrize("name", NO_TORCH)
-def test_settings_and_command_line_do_not_import_torch(name):
-    assert not foreign(imports(PACKAGE / f"{name}.py", toplevel=True)) & {
-        "torch", "transformers", "peft", "accelerate", "datasets",
-    }  # fmt: skip
-
-
-def test_import_trpo_lm_does_not_import_torch():
+def test_the_command_line_does_not_import_torch():
     code = (
-        "import sys, trpo_lm, trpo_lm.config, trpo_lm.errors, trpo_lm.cli\n"
+        "import sys, trpo_lm, trpo_lm.config, trpo_lm.errors, trpo_lm.cli, trpo_lm.storage\n"
         "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from trpo_lm.mdp import measure
-from trpo_lm.objective import gradients, measure_at
-from trpo_lm.trpo import TRPO
+from trpo_lm.algorithms.trpo import TRPO
+from trpo_lm.lm.mdp import measure
+from trpo_lm.lm.objective import gradients, measure_at
 
 KINDS = ["gpt2", "llama"]
 N = 8  # completions: 4 prompts of unequal length, two completions each

@@ -1,6 +1,7 @@
 """The documents: every file::symbol exists, every link leads somewhere, every command is right."""
 
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -41,7 +42,7 @@ def test_it_fits_in_150_lines():
     assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("place", sorted(set(re.findall(r"`(\w+\.py)::([\w.]+)`", README))))
+@pytest.mark.parametrize("place", sorted(set(re.findall(r"`([\w/]+\.py)::([\w.]+)`", README))))
 def test_every_symbol_of_the_map_exists(place):
     file, symbol = place
     body = ast.parse((ROOT / "trpo_lm" / file).read_text(encoding="utf-8")).body
@@ -58,15 +59,11 @@ def test_every_link_leads_somewhere(document):
         assert ((ROOT / document).parent / path).exists(), path
 
 
-def test_the_annotated_tree_names_every_module():
-    named = set(re.findall(r"(\w+)\.py", README))
-    modules = {p.stem for p in (ROOT / "trpo_lm").glob("*.py")} - {"__init__", "errors", "seeds"}
-    assert modules <= named, modules - named
-
-
 def test_every_recipe_has_its_command():
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "recipes").rglob("*.py"):
+        if "__main__" not in path.read_text(encoding="utf-8"):
+            continue  # a part of a recipe
         name = path.relative_to(ROOT).as_posix()
         assert re.search(rf"^    .*\b{re.escape(name)}", text, re.M), name
 
@@ -109,11 +106,13 @@ def test_every_command_of_a_recipe_is_understood(document, command):
 def test_every_other_command_names_what_there_is(document, command):
     words = shlex.split(command)
     if words[:2] == ["python", "-m"] and words[2].startswith("trpo_lm."):
-        assert (ROOT / "trpo_lm" / f"{words[2].split('.')[1]}.py").is_file()
+        assert importlib.util.find_spec(words[2]) is not None
         done = launch(["-m", words[2], "--help"])
         assert done.returncode == 0 and "usage: " in done.stdout
         return
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if words[0] == "python" and words[1].endswith(".py"):
+        return compile((ROOT / words[1]).read_text(encoding="utf-8"), words[1], "exec")
     if words[:2] == ["python", "-m"]:
         words = words[2:]
     assert words[0] in TOOLS

@@ -17,9 +17,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from trpo_lm.mdp import TokenMDP, measure
-from trpo_lm.policy import Policy
-from trpo_lm.rewards import Rewards
+from trpo_lm.lm.mdp import TokenMDP, measure
+from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.rewards import Rewards
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 WORDS = [f"w{i}" for i in range(9)]

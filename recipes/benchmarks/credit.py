@@ -42,7 +42,7 @@ class Arguments:
 def run() -> None:
     """Measure all critics on the same completions and print a table."""
     (a,) = parse((Arguments,), description=__doc__)
-    from trpo_lm.trainer import load_tokenizer
+    from trpo_lm.training.trainer import load_tokenizer
 
     tables = [_measure(a, seed, load_tokenizer(a.model)) for seed in range(a.seeds)]
     rows = {}
@@ -66,13 +66,13 @@ def run() -> None:
 def _measure(a: Arguments, seed: int, tokenizer) -> dict:
     import torch
 
-    from trpo_lm.advantages import gae, leave_one_out, returns
-    from trpo_lm.critic import PrefixCritic, ValueHead
-    from trpo_lm.divergences import logprob_gradient
-    from trpo_lm.mdp import TokenMDP, end_token_ids, measure
-    from trpo_lm.policy import Policy
-    from trpo_lm.prompts import load_prompts
-    from trpo_lm.rewards import Rewards
+    from trpo_lm.core.advantages import gae, leave_one_out, returns
+    from trpo_lm.core.divergences import logprob_gradient
+    from trpo_lm.lm.critic import PrefixCritic, ValueHead
+    from trpo_lm.lm.mdp import TokenMDP, end_token_ids, measure
+    from trpo_lm.lm.policy import Policy
+    from trpo_lm.lm.prompts import load_prompts
+    from trpo_lm.lm.rewards import Rewards
     from trpo_lm.seeds import generator
 
     policy, rewards = Policy(a.model, seed=seed), Rewards(a.reward_model)

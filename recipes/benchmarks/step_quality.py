@@ -23,12 +23,12 @@ from tempfile import mkdtemp
 import torch
 
 from trpo_lm import TrainerConfig, TRPOTrainer
+from trpo_lm.algorithms.trpo import solve, spanning
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
-from trpo_lm.objective import fisher, gradients, noise, reference_kl
-from trpo_lm.steering import budget_on_batch, running_rms, wiener_damping
-from trpo_lm.trpo import solve, spanning
-from trpo_lm.trust_region import plane_step
+from trpo_lm.core.adaptation import budget_on_batch, running_rms, wiener_damping
+from trpo_lm.core.trust_region import plane_step
+from trpo_lm.lm.objective import fisher, gradients, noise, reference_kl
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
 EXACT = 40  # CG iterations

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Circle
 
-from trpo_lm.trust_region import farthest_point
+from trpo_lm.core.trust_region import farthest_point
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "two_balls.png"
 DELTA = 0.5  # first ball: radius sqrt(2 delta) = 1

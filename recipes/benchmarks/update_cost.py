@@ -28,17 +28,17 @@ from unittest.mock import patch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-import trpo_lm.trpo
-from trpo_lm.divergences import categorical_kl
-from trpo_lm.fisher import FisherOperator, hessian_operator, twice_differentiable
-from trpo_lm.mdp import Rollout, all_features, measure
-from trpo_lm.objective import fisher, gradients, measure_at
-from trpo_lm.parameters import ParameterVector
-from trpo_lm.policy import Policy
-from trpo_lm.ppo import PPO
-from trpo_lm.rewards import RewardBatch
+import trpo_lm.algorithms.trpo
+from trpo_lm.algorithms.ppo import PPO
+from trpo_lm.algorithms.trpo import TRPO
+from trpo_lm.core.divergences import categorical_kl
+from trpo_lm.core.fisher import FisherOperator, hessian_operator, twice_differentiable
+from trpo_lm.core.parameters import ParameterVector
+from trpo_lm.lm.mdp import Rollout, all_features, measure
+from trpo_lm.lm.objective import fisher, gradients, measure_at
+from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.rewards import RewardBatch
 from trpo_lm.seeds import generator
-from trpo_lm.trpo import TRPO
 
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE.parent / "figures"
@@ -200,7 +200,7 @@ class Meter:
         """Count inside the block."""
         with ExitStack() as stack:
             for name, phase in PHASES.items():
-                stack.enter_context(self._replaced(trpo_lm.trpo, name, phase))
+                stack.enter_context(self._replaced(trpo_lm.algorithms.trpo, name, phase))
             stack.enter_context(self._replaced(FisherOperator, "__call__", "products"))
             passes, gradient = Policy.hidden_and_features, ParameterVector.gradient
 

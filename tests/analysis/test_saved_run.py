@@ -1,0 +1,267 @@
+"""A finished run opened again is the run that was trained: evaluation, tokens, merged model."""
+
+import json
+
+import pytest
+import runs
+import tiny
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+
+import trpo_lm.training.artifacts
+from trpo_lm.analysis.saved_run import evaluate, merge, open_run
+from trpo_lm.analysis.token_view import COLUMNS, draw_tokens, token_rows
+from trpo_lm.core.divergences import categorical_kl
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.prompts import Prompts, load_prompts
+from trpo_lm.training.trainer import Trainer
+
+HELD_OUT = Prompts(runs.HELD_OUT, {})
+
+
+def classifier(folder, seed):
+    config = GPT2Config(
+        vocab_size=tiny.V, n_embd=8, n_layer=1, n_head=2, n_positions=64, num_labels=1,
+        initializer_range=0.35, **tiny.ENDS,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def train(folder, name, *, reward, model=None, peft=None, **options):
+    options = {"updates": 4, "eval_steps": 1, "save_steps": 2, "save_total_limit": 1} | options
+    made = Trainer(
+        model or str(folder / "model"), reward, runs.PROMPTS, runs.config(folder / name, **options),
+        runs.HELD_OUT, peft_config=peft, algorithm=runs.ALGORITHMS["trpo"](),
+    )  # fmt: skip
+    made.train()
+    return made
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A model, two reward models and a run, on the disk; and the trainer that made the run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
+        tiny.build().save_pretrained(folder / "model")
+        tiny.tokenizer().save_pretrained(folder / "model")
+        classifier(folder / "judge", 5)
+        reward = classifier(folder / "reward", 4)
+        return folder, train(folder, "run", reward=reward, peft=tiny.lora())
+
+
+def logits(model, text="w1 w2 w3"):
+    ids = tiny.tokenizer()(text, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**ids).logits
+
+
+def checksums(folder):
+    return {row["update"]: row["policy/checksum"] for row in runs.rows(folder)}
+
+
+# ---------------------------------------------------------------- opening
+
+
+def test_the_policy_its_reference_and_its_critic_come_back(scene):
+    folder, made = scene
+    run = open_run(folder / "run")
+    assert run.update == 4
+    assert run.policy.parameters.checksum() == made.policy.parameters.checksum()
+    assert torch.equal(logits(run.policy.base), logits(made.policy.base))
+    base = logits(tiny.build())
+    assert not torch.equal(logits(run.policy.base), base)
+    with run.policy.reference():
+        assert torch.equal(logits(run.policy.base), base)
+    for name, value in made.critic.state().items():
+        assert torch.equal(run.critic.state()[name], value)
+    assert run.rewards.names == ["reward"] and run.mdp.eos_token_ids == made.mdp.eos_token_ids
+
+
+def test_best_and_checkpoints_are_the_policies_of_their_updates(scene):
+    folder, made = scene
+    told = checksums(folder / "run")
+    for name, update in (("best", made.best["update"]), ("4", 4)):
+        run = open_run(folder / "run", name)
+        assert run.update == update
+        assert run.policy.parameters.checksum() == told[update]
+
+
+def test_what_is_not_there_is_named(scene, tmp_path):
+    folder, _ = scene
+    with pytest.raises(TrpoLMError, match="no policy '3'; there are last, best, 4"):
+        open_run(folder / "run", "3")
+    with pytest.raises(TrpoLMError, match="there are none"):
+        open_run(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(TrpoLMError, match=r"settings of the run cannot be used.*config\.yaml"):
+        open_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: x\n")
+    with pytest.raises(TrpoLMError, match="not those of a run"):
+        open_run(tmp_path)
+
+
+def test_a_run_from_an_adapter_has_that_adapter_as_its_reference(scene, monkeypatch):
+    folder, made = scene
+    monkeypatch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
+    start = str(folder / "run")
+    further = train(
+        folder, "further", reward=str(folder / "reward"), model=start, updates=1, eval_steps=0
+    )
+    run = open_run(folder / "further")
+    assert run.policy.parameters.checksum() == further.policy.parameters.checksum()
+    with run.policy.reference():
+        assert torch.equal(logits(run.policy.base), logits(made.policy.base))
+
+
+# ---------------------------------------------------------------- evaluating
+
+
+def test_the_evaluation_is_what_the_trainer_measures(scene):
+    """Reference KL is exact per state; the rollouts differ, so the trainer's are made again."""
+    folder, made = scene
+    run = open_run(folder / "run")
+    found = evaluate(run, HELD_OUT, completions=64, judge=run.rewards.functions[0])
+    policy, reference = found["policy"], found["reference"]
+    assert reference["ref_kl"] == pytest.approx(0, abs=1e-6) and policy["ref_kl"] > 0.01
+    assert policy["judge"] == pytest.approx(policy["score"], abs=1e-6)  # it is its own judge
+    assert policy["judge_interval"] == pytest.approx(policy["score_interval"], abs=1e-6)
+    for side in ("reference", "policy", "difference"):
+        low, high = found[side]["score_interval"]
+        assert low < found[side]["score"] < high
+    gain = policy["score"] - reference["score"]
+    assert found["difference"]["score"] == pytest.approx(gain, abs=1e-9)
+    own = run.mdp.rollout(
+        made.policy, runs.HELD_OUT, completions_per_prompt=64, seed=(0, "evaluate")
+    )
+    assert policy["score"] == pytest.approx(float(own.scores.score.mean()))
+    assert evaluate(run, HELD_OUT, completions=64)["policy"]["score"] == policy["score"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_one_prompt_has_no_interval(scene):
+    folder, _ = scene
+    run = open_run(folder / "run")
+    found = evaluate(run, Prompts(["w1"], {}), completions=2)
+    assert found["policy"]["score_interval"] is None
+    assert found["difference"]["score_interval"] is None
+
+
+def test_the_prompts_it_was_evaluated_on_are_kept_with_their_columns(scene, monkeypatch):
+    folder, made = scene
+    assert load_prompts(folder / "run" / "held_out.jsonl").prompts == runs.HELD_OUT
+    monkeypatch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
+    data = [{"prompt": "w1 w2", "label": i, "odd": {1}} for i in range(3)]
+    Trainer(
+        str(folder / "model"), runs.score, runs.PROMPTS,
+        runs.config(folder / "function", updates=1, eval_prompts=2), data, peft_config=tiny.lora(),
+    ).train()  # fmt: skip
+    kept = load_prompts(folder / "function" / "held_out.jsonl")
+    assert kept.prompts == ["w1 w2"] * 2 and kept.columns["label"] == [0, 1]
+
+    run = open_run(folder / "function")  # a function is not in the folder
+    assert run.rewards is None and run.critic is None
+    with pytest.raises(TrpoLMError, match="trained on score, a function"):
+        evaluate(run, kept)
+    rows = token_rows(run, run.mdp.rollout(run.policy, ["w1"]))
+    assert rows[0]["kl"] is not None and rows[0]["reward"] is None and rows[0]["value"] is None
+    passed = open_run(folder / "function", reward=runs.score)
+    assert evaluate(passed, kept, completions=2)["policy"]["score"] is not None
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_the_merged_model_says_what_the_policy_says_and_so_does_vanilla_peft(scene, tmp_path):
+    folder, made = scene
+    merge(open_run(folder / "run", bf16=False), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not hasattr(merged, "peft_config")
+    vanilla = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "model"), str(folder / "run")
+    ).eval()
+    own = logits(made.policy.base)
+    assert torch.equal(logits(vanilla), own)
+    assert torch.allclose(logits(merged), own, atol=1e-5)
+    assert not torch.allclose(logits(tiny.build()), own, atol=1e-2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prompts = tokenizer(["w1 w2 w3", "w4"], return_tensors="pt", padding=True)
+    greedy = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": tiny.PAD}
+    said = [m.generate(**prompts, **greedy).tolist() for m in (made.policy.base, vanilla, merged)]
+    assert said[0] == said[1] == said[2]
+    with pytest.raises(TrpoLMError, match="not empty"):
+        merge(open_run(folder / "run"), tmp_path / "merged")
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_the_numbers_of_every_token(scene):
+    folder, _ = scene
+    run = open_run(folder / "run")
+    rollout = run.mdp.rollout(run.policy, ["w1 w2 w3", "w4"], seed=(1,))
+    rows = token_rows(run, rollout, 1)
+    with torch.no_grad():
+        own = tiny.own_logits(run.policy, rollout, [1]).log_softmax(-1)
+        with run.policy.reference():
+            reference = tiny.own_logits(run.policy, rollout, [1]).log_softmax(-1)
+    ids = rollout.completion_ids[1]
+    assert [r["token_id"] for r in rows] == ids and [r["position"] for r in rows][-1] == len(ids)
+    kl = categorical_kl(old=own, new=reference)
+    for t, row in enumerate(rows):
+        assert row["logprob"] == pytest.approx(float(own[t, ids[t]]), abs=1e-5)
+        assert row["ref_logprob"] == pytest.approx(float(reference[t, ids[t]]), abs=1e-5)
+        assert row["shift"] == pytest.approx(row["logprob"] - row["ref_logprob"], abs=1e-6)
+        assert row["kl"] == pytest.approx(float(kl[t]), abs=1e-5)
+    assert sum(r["reward"] for r in rows) == pytest.approx(float(rollout.scores.score[1]))
+    lam = run.settings["lam"]
+    assert 0 < lam < 1 and len(rows) > 2
+    following = 0.0, 0.0  # V and A after the last action
+    for row in reversed(rows):
+        delta = row["reward"] + following[0] - row["value"]
+        assert row["advantage"] == pytest.approx(delta + lam * following[1], abs=1e-9)
+        following = row["value"], row["advantage"]
+
+
+def a_row(token, position=1, **numbers):
+    known = dict.fromkeys(COLUMNS, 0.1) | {"position": position, "token_id": 7, "token": token}
+    return known | numbers
+
+
+def test_the_page_the_picture_and_the_table(tmp_path):
+    evil = "<script>alert(1)</script>&\x1b[31m\u202e$x^$"
+    rows = [a_row(evil, kl=2.0, shift=-0.5), a_row("a\n", 2, shift=1.0), a_row("", 3)]
+    written = draw_tokens(rows, tmp_path / "new" / "row-0", title="of <b>", prompt=evil, note=evil)
+    assert [p.name for p in written] == ["row-0.html", "row-0.png", "row-0.csv"]
+    page, picture, table = (p.read_bytes() for p in written)
+    page = page.decode()
+    assert "<script" not in page and "\x1b" not in page and "\u202e" not in page
+    assert "&lt;script&gt;alert(1)" in page and "of &lt;b&gt;" in page and "a⏎" in page
+    assert not [word for word in ("src=", "href=", "http:", "https:", "url(") if word in page]
+    assert "default-src 'none'" in page
+    # the scale of each track ends at its largest number, and names its unit
+    assert "2.00 nats" in page and "-1.00" in page and "units of the score" in page
+    assert page.count("background:#") == 4 * len(rows)
+    assert picture.startswith(b"\x89PNG")
+    assert table.decode().splitlines()[0] == ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_short_and_long_completions_without_a_critic(tmp_path, count):
+    nothing = {"value": None, "advantage": None, "reward": None}
+    rows = [a_row(f"t{i}", i + 1, kl=0.0, shift=0.0, **nothing) for i in range(count)]
+    conversation = [{"role": "user", "content": "what?"}]
+    page, picture, _ = draw_tokens(rows, tmp_path / "x", title="t", prompt=conversation)
+    shown = page.read_text()
+    assert "Value" not in shown and "Advantage" not in shown and "what?" in shown
+    assert shown.count("background:#") == 2 * count
+    assert picture.read_bytes().startswith(b"\x89PNG")

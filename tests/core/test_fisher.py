@@ -1,0 +1,302 @@
+"""Fisher products against a dense Fisher built from Jacobians, in float64."""
+
+import weakref
+
+import pytest
+import tiny
+import torch
+
+import trpo_lm.lm.objective
+import trpo_lm.lm.policy
+from trpo_lm.core.divergences import categorical_kl
+from trpo_lm.core.fisher import (
+    FiniteDifference,
+    FisherOperator,
+    constant_slopes,
+    hessian_operator,
+    softmax_curvature,
+    twice_differentiable,
+)
+from trpo_lm.core.parameters import ParameterVector
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.objective import fisher, head_curvature
+
+WIDE = 10**6  # completions in the Fisher: all
+EXACT = 1e-6  # Llama's norm and rotary angles are float32 in a float64 model; N01 asks for 1e-4
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def dense_fisher(policy, batch):
+    """E[J^T (diag p - p p^T) J] with J the Jacobian of the model's own logits, row by row."""
+    theta = policy.parameters
+    with twice_differentiable():
+        logits = tiny.own_logits(policy, batch.rollout)
+    J = torch.stack(
+        [torch.stack([theta.gradient(z, retain=True) for z in state]) for state in logits]
+    )  # (S, V, M)
+    p = logits.detach().softmax(-1)
+    H = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("sam,sab,sbn->mn", J, H, J) / len(batch.rollout)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def case(request):
+    """A float64 policy away from its initial point, a batch of it, and its dense Fisher."""
+    adapter = tiny.lora(target_modules=["c_attn", "q_proj", "up_proj"])
+    policy = tiny.policy(
+        request.param, dtype=torch.float64, spread=0.3, temperature=0.7, peft=adapter
+    )
+    batch = tiny.batch(policy, each=1, length=3)
+    return policy, batch, dense_fisher(policy, batch)
+
+
+def test_N01_products_equal_the_dense_jacobian_fisher(case):
+    policy, batch, F = case
+    assert torch.linalg.matrix_rank(F) > 5
+    product = tiny.dense(fisher(policy, batch, tiny.identity, WIDE), policy.parameters.size)
+    assert relative(product, F) < EXACT
+
+
+def test_N01_products_are_linear_symmetric_and_positive_semidefinite(case):
+    policy, batch, F = case
+    operator = fisher(policy, batch, tiny.identity, WIDE)
+    x, y = torch.randn(2, policy.parameters.size, dtype=torch.float64)
+    assert relative(operator(2 * x - 3 * y), 2 * operator(x) - 3 * operator(y)) < EXACT
+    assert float(x @ operator(y)) == pytest.approx(float(y @ operator(x)), rel=EXACT)
+    matrix = tiny.dense(operator, policy.parameters.size)
+    assert float(torch.linalg.eigvalsh(matrix).min()) > -EXACT * float(matrix.norm())
+    assert operator.products == 5 + policy.parameters.size
+
+
+def test_N01_the_fisher_is_the_hessian_of_the_kl(case):
+    policy, batch, F = case
+    old = tiny.own_logits(policy, batch.rollout).detach().log_softmax(-1)
+    with twice_differentiable():
+        new = tiny.own_logits(policy, batch.rollout).log_softmax(-1)
+    D = categorical_kl(old=old, new=new).sum() / len(batch.rollout)
+    assert D.item() == pytest.approx(0, abs=1e-12)
+    hessian = hessian_operator(policy.parameters, D)
+    assert relative(tiny.dense(hessian, policy.parameters.size), F) < EXACT
+
+
+def test_products_do_not_depend_on_the_micro_batch_size(case):
+    policy, batch, F = case
+    v = torch.randn(policy.parameters.size, dtype=torch.float64)
+    for size in (1, 2, 64):
+        batch.micro_batch_size = size
+        assert relative(fisher(policy, batch, tiny.identity, WIDE)(v), F @ v) < EXACT
+
+
+@pytest.mark.parametrize("chunk", [1, tiny.V * 2, tiny.V * 3 + 1])
+def test_products_do_not_depend_on_the_chunks_of_the_head(case, monkeypatch, chunk):
+    policy, batch, F = case
+    v = torch.randn(policy.parameters.size, dtype=torch.float64)
+    monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_STATES", 1)
+    monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_ELEMENTS", chunk)
+    batch.micro_batch_size = 64
+    assert relative(fisher(policy, batch, tiny.identity, WIDE)(v), F @ v) < EXACT
+
+
+def test_the_curvature_of_many_chunks_is_computed_anew_and_never_held(monkeypatch):
+    policy = tiny.policy(dtype=torch.float64, spread=0.3)
+    features = torch.randn(40, 8, dtype=torch.float64)
+    u = torch.randn_like(features)
+    cached = head_curvature(policy, features)(u)
+    monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_STATES", 1)
+    monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_ELEMENTS", 2 * tiny.V)  # 20 chunks
+    alive, most = [], []
+
+    def counting(logprobs):
+        curvature = softmax_curvature(logprobs)
+        alive.append(weakref.ref(curvature))
+        most.append(sum(r() is not None for r in alive))
+        return curvature
+
+    monkeypatch.setattr(trpo_lm.lm.objective, "softmax_curvature", counting)
+    product = head_curvature(policy, features)
+    assert not most  # nothing is prepared
+    torch.testing.assert_close(product(u), cached)
+    assert len(most) == 20 and max(most) <= 2  # [tokens, V] never stands for more than a chunk
+
+
+def test_softmax_curvature_is_the_covariance_of_the_tokens():
+    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    H = softmax_curvature(p.log())
+    expected = torch.diag(p[0]) - p[0][:, None] * p[0][None]
+    torch.testing.assert_close(tiny.dense(lambda z: H(z[None])[0], 3), expected)
+
+
+def test_N03_at_initialisation_the_block_of_lora_a_is_exactly_zero():
+    policy = tiny.policy()  # float32, B = 0
+    batch = tiny.batch(policy)
+    F = fisher(policy, batch, tiny.identity, WIDE)
+    names = [n for n, p in policy.model.named_parameters() if p.requires_grad]
+    ones = policy.parameters.unflatten(F(torch.ones(policy.parameters.size)))
+    for name, part in zip(names, ones, strict=True):
+        assert bool((part == 0).all()) == ("lora_A" in name), name
+
+
+def test_a_subset_of_whole_completions_is_their_own_mean():
+    policy = tiny.policy(dtype=torch.float64, spread=0.3)
+    batch = tiny.batch(policy, each=1)
+    v = torch.randn(policy.parameters.size, dtype=torch.float64)
+    part = fisher(policy, batch, tiny.identity, 2)(v)  # rows 0 and 3
+    rows = torch.tensor([0, 3])
+    with twice_differentiable():
+        features = policy.features(*batch.rollout.model_inputs(rows))
+    pieces = [(features, head_curvature(policy, features.detach()))]
+    torch.testing.assert_close(part, FisherOperator(policy.parameters, pieces, count=2)(v))
+
+
+def test_ranks_sum_and_divide_once():
+    """Two ranks with half the rows each, their reduction played by hand."""
+    policy = tiny.policy(dtype=torch.float64, spread=0.3)
+    batch = tiny.batch(policy, each=1)
+    v = torch.randn(policy.parameters.size, dtype=torch.float64)
+
+    def half(rows):
+        with twice_differentiable():
+            features = policy.features(*batch.rollout.model_inputs(torch.tensor(rows)))
+        pieces = [(features, head_curvature(policy, features.detach()))]
+        return FisherOperator(policy.parameters, pieces, count=4)(v)
+
+    torch.testing.assert_close(
+        half([0]) + half([1, 2, 3]), fisher(policy, batch, tiny.identity, 4)(v)
+    )
+
+
+def test_a_parameter_that_the_outputs_ignore_has_no_curvature():
+    x, unused = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    theta = ParameterVector([x, unused])
+    F = FisherOperator(theta, [(x.sin()[None], lambda z: z)])
+    expected = torch.cat([x.detach().cos() ** 2, torch.zeros(2)])
+    torch.testing.assert_close(F(torch.ones(5)), expected)
+    H = hessian_operator(theta, (x**2).sum())
+    torch.testing.assert_close(H(torch.ones(5)), torch.tensor([2.0, 2, 2, 0, 0]))
+
+
+def test_N08_the_default_attention_has_no_second_derivative_and_the_switch_mends_it():
+    policy = tiny.policy("llama", spread=0.3)
+    assert policy.base.config._attn_implementation == "sdpa"
+    batch = tiny.batch(policy)
+    inputs = batch.rollout.model_inputs(torch.arange(len(batch.rollout)))
+    fast = policy.features(*inputs)
+    pieces = [(fast, lambda z: z)]
+    with pytest.raises(RuntimeError, match="derivative"):
+        FisherOperator(policy.parameters, pieces)(torch.ones(policy.parameters.size))
+    product = fisher(policy, batch, tiny.identity, WIDE)(torch.ones(policy.parameters.size))
+    assert torch.isfinite(product).all()
+
+
+# ---- finite differences ----
+
+
+class Kernel(torch.autograd.Function):
+    """A tanh as hand-written kernels are: its backward pass is not differentiable.
+
+    Nothing raises: autograd leaves the path out, also where `once_differentiable` marks it.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        slope = (1 - y * y).detach()
+        return grad.detach() * slope
+
+
+class MarkedKernel(Kernel):
+    backward = staticmethod(torch.autograd.function.once_differentiable(Kernel.backward))
+
+
+class Activation(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def with_activation(function):
+    model = tiny.build()
+    for block in model.transformer.h:
+        block.mlp.act = Activation(function)
+    return tiny.policy(model=model, spread=0.3)
+
+
+@pytest.mark.parametrize("kernel", [Kernel, MarkedKernel])
+def test_kernels_without_second_derivative_get_their_products_as_finite_differences(kernel, caplog):
+    plain, policy = with_activation(torch.tanh), with_activation(kernel.apply)
+    assert plain.lacks_second_derivative is None
+    assert [r.getMessage().count("finite differences") for r in caplog.records] == [1]
+    batch, same = tiny.batch(plain), tiny.batch(policy)
+    exact = fisher(plain, batch, tiny.identity, WIDE)
+    near = fisher(policy, same, tiny.identity, WIDE)
+    assert isinstance(exact, FisherOperator) and isinstance(near, FiniteDifference)
+    before = policy.parameters.checksum()
+    for seed, length in ((0, 1.0), (1, 1e-4), (2, 1e3)):
+        noise = torch.Generator().manual_seed(seed)
+        v = length * torch.randn(policy.parameters.size, generator=noise)
+        assert relative(near(v), exact(v)) < 0.002
+    assert policy.parameters.checksum() == before
+    assert near.products == 3
+    assert not near(torch.zeros_like(v)).any()
+
+
+def test_a_direction_without_curvature_has_a_finite_product_of_zero():
+    policy = with_activation(MarkedKernel.apply)
+    theta = policy.parameters
+    for p in theta.tensors[1::2]:
+        p.data.zero_()  # LoRA's B
+    F = fisher(policy, tiny.batch(policy), tiny.identity, WIDE)
+    null = theta.flatten([torch.ones_like(p) * (i % 2 == 0) for i, p in enumerate(theta.tensors)])
+    assert torch.equal(F(null), torch.zeros_like(null))
+    assert torch.isfinite(F(torch.ones_like(null))).all()
+
+
+def test_finite_differences_are_refused_in_half_precision():
+    policy = tiny.policy(model=tiny.build(dtype=torch.bfloat16))
+    policy.lacks_second_derivative = "as a kernel says that has none"
+    with pytest.raises(TrpoLMError, match="half-precision") as error:
+        fisher(policy, tiny.batch(policy), tiny.identity, WIDE)
+    assert "bf16=False" in str(error.value)
+
+
+@pytest.mark.parametrize("function", [torch.nn.SiLU(), torch.nn.GELU("tanh"), torch.nn.ReLU()])
+def test_constant_slopes_change_no_product_with_the_jacobian(function):
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    kept = function.forward = lambda z: type(function).forward(function, z)  # as a hook would
+    with constant_slopes([function]):
+        y = function(x)
+    assert function.forward is kept
+    torch.testing.assert_close(y, function(x))
+    u = torch.zeros_like(y, requires_grad=True)
+    (vjp,) = torch.autograd.grad(y, x, u, create_graph=True)
+    v = torch.randn_like(x)
+    (Jv,) = torch.autograd.grad(vjp, u, v)
+    slope = torch.autograd.grad(function(x).sum(), x)[0]
+    torch.testing.assert_close(Jv, slope * v)
+    with pytest.raises(ValueError), constant_slopes([function]):
+        raise ValueError
+    del function.forward
+    with constant_slopes([function]):
+        pass
+    assert "forward" not in vars(function)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_models_activations_are_known(kind):
+    policy = tiny.policy(kind)
+    assert len(policy._activations) == policy.base.config.num_hidden_layers
+    batch = tiny.batch(policy)
+    inputs = batch.rollout.model_inputs(torch.arange(len(batch.rollout)))
+    torch.testing.assert_close(policy.linearised(*inputs), policy.features(*inputs))

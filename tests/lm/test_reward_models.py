@@ -1,0 +1,325 @@
+"""Reward models against scoring one text at a time, and the models they must cope with."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.reward_models import RewardModel
+from trpo_lm.lm.rewards import Rewards
+
+PROMPTS = ["w1 w2", "w3", "w1 w2", "w4 w5 w6"]
+COMPLETIONS = [" w7", " w8 w9", " w9 w9 w9", ""]
+IDS = [[7], [8, 9], [9, 9, 9], [0]]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} {{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    "{{ ' ' + eos_token }}"
+)
+
+
+def make_tokenizer(bos="<bos>", eos=None, pad="<pad>", template=None):
+    """Words w0..w29 and single letters; adds `bos` in front and `eos` behind where given."""
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(30))]
+    vocabulary = {word: i for i, word in enumerate([*words, *"abcdefghijk"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos or eos:
+        single = " ".join(filter(None, [bos, "$A", eos]))
+        special = [(word, vocabulary[word]) for word in ("<bos>", "<eos>")]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=template,
+        **({"pad_token": pad} if pad else {}),
+    )
+
+
+def make_model(kind="gpt2", **options):
+    torch.manual_seed(0)
+    classes = {
+        "bert": (BertConfig, BertForSequenceClassification),
+        "llama": (LlamaConfig, LlamaForSequenceClassification),
+    }
+    if kind in classes:
+        make_config, make = classes[kind]
+        config = make_config(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=24, initializer_range=0.5, **options,
+        )  # fmt: skip
+        return make(config).eval()
+    config = GPT2Config(
+        vocab_size=64,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=24,
+        initializer_range=0.5,
+        **options,
+    )
+    return GPT2ForSequenceClassification(config).eval()
+
+
+def alone(model, ids):
+    """The oracle: one text, no padding, no batch."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def prefixes_of(completions):
+    """States of completions whose tokens are " word"."""
+    return [[" ".join(c.split(" ")[:t]) for t in range(1, c.count(" ") + 2)] for c in completions]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_reward_model_scores_a_batch_like_one_by_one(kind):
+    model, tokenizer = make_model(kind), make_tokenizer()
+    reward = RewardModel(model, tokenizer, batch_size=3)
+    assert reward.causal == (kind != "bert")
+    found = reward(PROMPTS, COMPLETIONS, completion_ids=IDS)
+    for p, c, x in zip(PROMPTS, COMPLETIONS, found, strict=True):
+        assert x == pytest.approx(
+            alone(model, tokenizer(p + c).input_ids).softmax(-1)[1].item(), abs=1e-5
+        )
+    assert Rewards(reward)(PROMPTS, COMPLETIONS, IDS, {}).score.tolist() == found
+    messages = [[{"role": "assistant", "content": c}] for c in COMPLETIONS]
+    assert reward(PROMPTS, messages) == found
+    assert reward([], []) == []
+
+
+def test_labels_choose_the_output():
+    tokenizer = make_tokenizer()
+
+    def outcome(names, label=None, **options):
+        model = make_model(id2label=dict(enumerate(names)), **options)
+        return RewardModel(model, tokenizer, label=label), alone(
+            model, tokenizer("w1 w2 w7").input_ids
+        )
+
+    for names, label, index in [
+        (["LABEL_0", "LABEL_1"], None, 1),
+        (["positive", "negative"], None, 0),
+        (["NEGATIVE", "POSITIVE"], "negative", 0),
+        (["sad", "angry", "happy"], "happy", 2),
+        (["sad", "angry", "happy"], 0, 0),
+    ]:
+        reward, logits = outcome(names, label)
+        assert reward(["w1 w2"], [" w7"]) == pytest.approx(
+            [logits.softmax(-1)[index].item()], abs=1e-5
+        )
+    reward, logits = outcome(["quality"])
+    assert reward(["w1 w2"], [" w7"]) == pytest.approx([logits[0].item()], abs=1e-5)
+    reward, logits = outcome(["toxic", "rude"], "rude", problem_type="multi_label_classification")
+    assert reward(["w1 w2"], [" w7"]) == pytest.approx([logits[1].sigmoid().item()], abs=1e-5)
+    with pytest.raises(TrpoLMError, match="labels sad, angry, happy: say which one to reward"):
+        outcome(["sad", "angry", "happy"])
+    with pytest.raises(TrpoLMError, match="'glad' is none of them"):
+        outcome(["sad", "angry", "happy"], "glad")
+
+
+def test_R15_untrained_head_is_refused(tmp_path):
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=24)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "lm")
+    make_tokenizer().save_pretrained(tmp_path / "lm")
+    with pytest.raises(TrpoLMError, match=r"no trained head: its files lack score\.weight") as info:
+        Rewards(str(tmp_path / "lm"))
+    assert "--allow_untrained_reward_head" in str(info.value)
+    rewards = Rewards(str(tmp_path / "lm"), reward_model_options={"allow_untrained_head": True})
+    assert rewards.names == ["lm"] and rewards.can_score_prefixes
+
+
+def test_reward_model_loads_from_a_folder_and_missing_ones_are_named(tmp_path, monkeypatch):
+    model, tokenizer = make_model(), make_tokenizer()
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    rewards = Rewards(
+        [str(tmp_path / "rm"), f"{tmp_path}/rm/", model.from_pretrained(tmp_path / "rm")]
+    )
+    assert rewards.names == ["rm", "rm_1", "rm_2"]
+    batch = rewards(PROMPTS, COMPLETIONS, IDS, {})
+    expected = RewardModel(model, tokenizer)(PROMPTS, COMPLETIONS)
+    assert batch.columns["rm"] == batch.columns["rm_2"] == pytest.approx(expected)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        TrpoLMError, match="'/no/such/model' not found locally and HF_HUB_OFFLINE=1"
+    ):
+        RewardModel("/no/such/model")
+
+
+def test_missing_pad_token_falls_back_to_eos_without_changing_scores():
+    with_pad, without = make_tokenizer(), make_tokenizer(pad=None)
+    model = make_model()
+    expected = RewardModel(model, with_pad)(PROMPTS, COMPLETIONS)
+    other = make_model()
+    reward = RewardModel(other, without)
+    assert other.config.pad_token_id == reward.pad_id == without.eos_token_id
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+    without.eos_token = None
+    with pytest.raises(TrpoLMError, match="neither a padding nor an end token"):
+        RewardModel(make_model(eos_token_id=None), without)
+
+
+@pytest.mark.parametrize("bos", ["<bos>", None])
+def test_T14_exactly_one_bos(bos, monkeypatch):
+    """Whether the tokenizer, the template or the user writes it."""
+    model, tokenizer = make_model(), make_tokenizer(bos=bos, template=TEMPLATE)
+    reward, seen = RewardModel(model, tokenizer), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids, **k: seen.append(input_ids) or forward(input_ids, **k)
+    )
+    talk = [{"role": "user", "content": "w1 w2"}]
+    for prompt, completion in [
+        (talk, "w3"),
+        (talk, [{"role": "assistant", "content": "w3"}]),
+        ("<bos> w1 w2", " w3"),
+    ]:
+        reward([prompt], [completion])
+        assert seen.pop().eq(tokenizer.bos_token_id).sum() == 1
+    bare = RewardModel(model, make_tokenizer())
+    with pytest.raises(TrpoLMError, match="has no chat template"):
+        bare([talk], ["w3"])
+
+
+def test_long_texts_keep_bos_and_the_end():
+    model, tokenizer = make_model(), make_tokenizer()
+    words = [f"w{i % 30}" for i in range(40)]
+    ids = tokenizer(" ".join(words)).input_ids
+    expected = alone(model, [ids[0], *ids[-23:]]).softmax(-1)[1].item()
+    reward = RewardModel(model, tokenizer)
+    assert reward.max_length == 24
+    assert reward([" ".join(words[:38])], [" " + " ".join(words[38:])]) == pytest.approx(
+        [expected], abs=1e-5
+    )
+
+
+# ---- reward models on prefixes ----
+
+CASES = [" w7 w8 w9 w10", " w8", " w9 w9 w1", ""]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_prefix_scores_equal_scoring_each_prefix(kind):
+    reward = RewardModel(make_model(kind), make_tokenizer())
+    prefixes = prefixes_of(CASES)
+    found = reward.score_prefixes(PROMPTS, CASES, prefixes)
+    for p, c, texts, scores in zip(PROMPTS, CASES, prefixes, found, strict=True):
+        assert texts[0] == "" and texts[-1] == c
+        assert scores == pytest.approx(reward([p] * len(texts), texts), abs=1e-5)
+    assert Rewards(reward, [2.0]).score_prefixes(PROMPTS, CASES, prefixes) == [
+        [2 * x for x in row] for row in found
+    ]
+
+
+def test_causal_prefixes_take_one_pass_and_encoders_one_for_each_distinct_text(monkeypatch):
+    counts = {}
+    for kind in ("gpt2", "bert"):
+        model = make_model(kind)
+        reward, rows = RewardModel(model, make_tokenizer()), []
+        forward = model.forward
+        monkeypatch.setattr(
+            model,
+            "forward",
+            lambda input_ids, f=forward, n=rows, **k: n.append(len(input_ids)) or f(input_ids, **k),
+        )
+        reward.score_prefixes(
+            ["w1"] * 3, [" w2 w3", " w2 w4", " w2 w3"], prefixes_of([" w2 w3", " w2 w4", " w2 w3"])
+        )
+        counts[kind] = sum(rows)
+    assert counts == {"gpt2": 3, "bert": 4}  # w1; w1 w2; w1 w2 w3; w1 w2 w4
+
+
+def test_the_whole_text_takes_the_score_with_the_closing_token():
+    reward = RewardModel(make_model(), make_tokenizer(eos="<eos>"))
+    prefixes = prefixes_of(CASES)
+    found = reward.score_prefixes(PROMPTS, CASES, prefixes)
+    assert [row[-1] for row in found] == pytest.approx(reward(PROMPTS, CASES), abs=1e-6)
+    bare = RewardModel(make_model(), make_tokenizer())
+    assert found[0][:-1] == pytest.approx(bare([PROMPTS[0]] * 4, prefixes[0][:-1]), abs=1e-5)
+    # Where the closing token is also the padding, the model pools in front of it, and so do we.
+    shared = RewardModel(make_model(), make_tokenizer(eos="<eos>", pad=None))
+    found = shared.score_prefixes(PROMPTS, CASES, prefixes)
+    assert [row[-1] for row in found] == pytest.approx(shared(PROMPTS, CASES), abs=1e-6)
+
+
+def test_prefixes_of_conversations():
+    reward = RewardModel(make_model(), make_tokenizer(template=TEMPLATE))
+    assert reward.causal
+    talk, completion = [{"role": "user", "content": "w1"}], "w2 w3"
+    (found,) = reward.score_prefixes([talk], [completion], [["", "w2", "w2 w3"]])
+    states = [
+        "<bos> user w1 assistant",
+        "<bos> user w1 assistant w2",
+        "<bos> user w1 assistant w2 w3 <eos>",
+    ]
+    assert found == pytest.approx(reward([""] * 3, states), abs=1e-5)
+
+
+def test_prefixes_that_end_inside_a_token_or_character_do_not_look_ahead():
+    reward = RewardModel(make_model(), make_tokenizer())
+    prefixes = [["", " w1", " w12", " w12 w\ufffd", " w12 w3"]]
+    (found,) = reward.score_prefixes(["w5"], [" w12 w3"], prefixes)
+    expected = reward(["w5"] * 5, ["", "", " w12", " w12", " w12 w3"])
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_prefixes_without_bos_and_beyond_the_context_are_scored_by_themselves():
+    reward = RewardModel(make_model(), make_tokenizer(bos=None))
+    long = "".join(f" w{i % 30}" for i in range(30))
+    prefixes = prefixes_of([" w1 w2", long])
+    found = reward.score_prefixes(["", ""], [" w1 w2", long], prefixes)
+    for texts, scores in zip(prefixes, found, strict=True):
+        assert scores == pytest.approx(reward([""] * len(texts), texts), abs=1e-5)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 100])
+def test_encoder_stride_interpolates_between_scored_prefixes(stride):
+    completion = "".join(f" w{i}" for i in range(8))
+    prefixes = prefixes_of([completion, " w1", ""])
+    every = RewardModel(make_model("bert"), make_tokenizer())
+    some = RewardModel(make_model("bert"), make_tokenizer(), prefix_stride=stride)
+    arguments = (["w5"] * 3, [completion, " w1", ""], prefixes)
+    for full, sparse in zip(
+        every.score_prefixes(*arguments), some.score_prefixes(*arguments), strict=True
+    ):
+        kept = sorted({*range(0, len(full), stride), len(full) - 1})
+        expected = np.interp(range(len(full)), kept, [full[t] for t in kept])
+        assert sparse == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_causality_is_found_by_experiment():
+    class TwoSided(GPT2ForSequenceClassification):
+        """Looks at the whole text, whatever its name says."""
+
+        def forward(self, input_ids, attention_mask=None, **kwargs):
+            h = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+            h = h + (h * attention_mask[..., None]).sum(1, keepdim=True)
+            logits = self.score(h)
+            rows = torch.arange(len(logits))
+            return type("Output", (), {"logits": logits[rows, attention_mask.sum(1) - 1]})()
+
+    torch.manual_seed(0)
+    model = TwoSided(make_model().config).eval()
+    reward = RewardModel(model, make_tokenizer())
+    assert not reward.causal
+    prefixes = prefixes_of(CASES)
+    for p, texts, scores in zip(
+        PROMPTS, prefixes, reward.score_prefixes(PROMPTS, CASES, prefixes), strict=True
+    ):
+        assert scores == pytest.approx(reward([p] * len(texts), texts), abs=1e-5)
+    assert not model.score._forward_hooks

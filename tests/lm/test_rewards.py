@@ -1,0 +1,465 @@
+"""Reward functions and reward models. Case ids (R01, T14, ...) name what each test holds."""
+
+import asyncio
+import functools
+import math
+import multiprocessing
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
+from trpo_lm.lm.rewards import KEYWORDS, Rewards, load_reward, scores_prefixes
+
+PROMPTS = ["w1 w2", "w3", "w1 w2", "w4 w5 w6"]
+COMPLETIONS = [" w7", " w8 w9", " w9 w9 w9", ""]
+IDS = [[7], [8, 9], [9, 9, 9], [0]]
+
+
+def score(functions, columns=None, prompts=PROMPTS, completions=COMPLETIONS, ids=IDS, **options):
+    with Rewards(functions, **options) as rewards:
+        return rewards(prompts, completions, ids, columns or {})
+
+
+def length(completions):
+    return [float(len(c.split())) for c in completions]
+
+
+def constant(value):
+    return lambda completions: [value] * len(completions)
+
+
+# ---- what a function may return ----
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        ([1.0, 2.0, 3.0], "reward 'f' returned 3 rewards for 4 completions"),
+        ([1.0], "reward 'f' returned 1 rewards for 4 completions"),
+        (torch.zeros(4, 2), r"reward 'f' returned an array of shape \(4, 2\) for 4 completions"),
+        (np.zeros((4, 1)), r"shape \(4, 1\) for 4 completions"),
+        (torch.tensor(1.0), r"shape \(\) for 4 completions"),
+        (1.0, "reward 'f' returned float for 4 completions"),
+        (None, "reward 'f' returned NoneType"),
+        ("good", "reward 'f' returned str"),
+        ([1.0, 2.0, "True", 4.0], "returned 'True', which is not a number, for sample 2"),
+        ([1.0, [2.0, "x"], 1.0, 1.0], r"which is not a number, for sample 1 \(prompt 'w3'\)"),
+    ],
+)
+def test_R01_wrong_shapes_and_types_are_errors_that_name_the_function(result, message):
+    def f(completions):
+        return result
+
+    with pytest.raises(RunFault, match=message):
+        score(f)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_R02_infinite_reward_names_function_sample_and_prompt(bad):
+    def f(completions):
+        return [0.0, 0.0, bad, 0.0]
+
+    with pytest.raises(
+        RunFault, match=rf"reward 'f' returned {bad} for sample 2 \(prompt 'w1 w2'\)"
+    ):
+        score(f)
+    with pytest.raises(
+        RunFault, match=r"returned inf for sample 0 .prompt 'wwwwwwwwwwwwwwwwwwww.*…'"
+    ):
+        score(constant(math.inf), prompts=["w" * 100], completions=["x"], ids=[[1]])
+
+
+def test_R03_nan_is_an_error_and_skip_drops_and_counts_the_row():
+    def f(completions):
+        return [1.0, math.nan, 2.0, [math.inf]]
+
+    with pytest.raises(RunFault, match="returned nan for sample 1"):
+        score(f)
+    batch = score([f, length], on_bad_reward="skip")
+    assert batch.valid.tolist() == [True, False, True, False]
+    assert batch.score.isnan().tolist() == [False, True, False, True]
+    assert batch.terminal.tolist() == [2.0, 0.0, 5.0, 0.0]
+    assert batch.columns == {"f": [1.0, None, 2.0, None], "length": [1.0, 2.0, 3.0, 0.0]}
+    assert batch.logged == {"rewards/skipped": 2.0}
+
+
+def test_R04_none_abstains_for_its_row_only():
+    def sometimes(completions):
+        return [None, 1.0, None, 4.0]
+
+    batch = score([sometimes, length], reward_weights=[10.0, 1.0])
+    assert batch.score.tolist() == [1.0, 12.0, 3.0, 40.0]
+    assert batch.columns["sometimes"] == [None, 1.0, None, 4.0]
+    alone = score(sometimes)
+    assert alone.valid.tolist() == [False, True, False, True]
+    nobody = score(constant(None))
+    assert not nobody.valid.any() and nobody.score.isnan().all() and not nobody.terminal.any()
+    # A function without weight has no say in whether a row has a score.
+    assert not score([constant(None), length], reward_weights=[1, 0]).valid.any()
+
+
+def test_R06_exception_names_the_function_and_is_chained():
+    def f(completions):
+        raise KeyError("lost")
+
+    with pytest.raises(
+        RunFault, match=r"reward 'f' raised KeyError: 'lost'.*4 samples.*'w1 w2'"
+    ) as info:
+        score(f)
+    assert isinstance(info.value.__cause__, KeyError)
+
+    async def g(completions):
+        raise OSError("no server")
+
+    with pytest.raises(RunFault, match="reward 'g' raised OSError: no server"):
+        score(g)
+
+
+def test_a_signal_or_our_own_error_passes_through_unchanged():
+    async def stopped(completions):
+        raise Interrupted("saved", signum=2)
+
+    with pytest.raises(Interrupted):
+        score(stopped)
+
+    def mistaken(completions):
+        raise TrpoLMError("no such file")
+
+    with pytest.raises(TrpoLMError, match=r"^no such file$"):
+        score(mistaken)
+
+    def full(completions):
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        score(full)
+
+
+def test_numbers_arrays_and_tensors_are_summed_in_float64():
+    class Half:
+        def __call__(self, completions, **_):
+            return torch.tensor([0.5] * len(completions), dtype=torch.bfloat16)
+
+    functions = [
+        Half(),
+        lambda completions: np.arange(4),
+        lambda completions: tuple(c == "" for c in completions),
+        lambda completions: [torch.tensor(1.0), np.float32(1), np.bool_(True), 1],
+    ]
+    batch = score(functions)
+    assert batch.score.dtype == batch.terminal.dtype == torch.float64
+    assert batch.score.tolist() == [1.5, 2.5, 3.5, 5.5]
+    assert batch.token_rewards is None
+
+
+def test_R13_large_offsets_keep_their_differences():
+    batch = score(lambda completions: [1e9 + 1e-3 * i for i in range(4)])
+    torch.testing.assert_close(
+        batch.score.diff(), torch.full((3,), 1e-3).double(), rtol=1e-3, atol=0
+    )
+
+
+def test_token_level_lists_are_paid_where_they_stand():
+    def per_token(completion_ids):
+        return [[float(i) for i in ids] for ids in completion_ids]
+
+    def some_rows(completions):
+        return [1.0, torch.tensor([1.0, -1.0]), None, np.array([5.0])]
+
+    batch = score([per_token, some_rows, length], reward_weights=[1.0, 2.0, 3.0])
+    assert batch.token_rewards == [[7.0], [10.0, 7.0], [9.0, 9.0, 9.0], [10.0]]
+    assert batch.terminal.tolist() == [5.0, 6.0, 9.0, 0.0]
+    whole = batch.terminal + torch.tensor([sum(row) for row in batch.token_rewards])
+    assert batch.score.tolist() == whole.tolist()
+    assert batch.columns["per_token"] == [7.0, 17.0, 27.0, 0.0]
+
+    def short(completion_ids):
+        return [[1.0] for _ in completion_ids]
+
+    with pytest.raises(RunFault, match="returned 1 rewards for 2 tokens for sample 1"):
+        score(short)
+
+
+def test_no_samples_no_calls():
+    def f(completions):
+        raise AssertionError("called with nothing")
+
+    batch = score(f, prompts=[], completions=[], ids=[])
+    assert batch.score.shape == batch.valid.shape == (0,)
+
+
+# ---- what a function may look like ----
+
+
+def test_R08_a_function_gets_what_its_signature_names():
+    seen = {}
+
+    def everything(**kwargs):
+        seen.update(kwargs)
+        return [0.0] * 4
+
+    def with_column(completions, answer, unused=7):
+        assert unused == 7
+        return [float(c.strip() == a) for c, a in zip(completions, answer, strict=True)]
+
+    batch = score([length, everything, with_column], {"answer": ["w7", "w7", "", ""]})
+    assert batch.columns["with_column"] == [1.0, 0.0, 0.0, 1.0]
+    assert set(seen) == {*KEYWORDS, "answer"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x, lambda c, /: c, lambda *a: a, lambda answer: answer]
+)
+def test_R08_a_function_that_cannot_take_completions_is_refused(wrong):
+    with pytest.raises(TrpoLMError, match="cannot be given `completions`") as info:
+        Rewards(wrong)
+    assert all(keyword in str(info.value) for keyword in KEYWORDS) and "columns" in str(info.value)
+
+
+def test_R08_not_callable_empty_and_unknown_requirements():
+    with pytest.raises(TrpoLMError, match="3 is not callable"):
+        Rewards([length, 3])
+    with pytest.raises(TrpoLMError, match="reward_funcs is empty"):
+        Rewards([])
+    with pytest.raises(TrpoLMError, match="on_bad_reward"):
+        Rewards(length, on_bad_reward="ignore")
+
+    def needs(completions, answer):
+        raise AssertionError("called")
+
+    rewards = Rewards(needs)
+    rewards.check_columns(["answer", "source"])
+    message = r"reward 'needs' requires answer, which is no column of the dataset \(source\)"
+    with pytest.raises(TrpoLMError, match=message) as info:
+        rewards.check_columns(["source"])
+    assert "log_metric" in str(info.value)
+    with pytest.raises(TrpoLMError, match="it has none"):
+        rewards(PROMPTS, COMPLETIONS, IDS, {})
+
+
+class Judge:
+    def __init__(self, bonus):
+        self.bonus = bonus
+
+    def __call__(self, completions, **kwargs):
+        return [self.bonus] * len(completions)
+
+
+async def slow(completions):
+    await asyncio.sleep(0.1)
+    return length(completions)
+
+
+def meeting(count):
+    """Return an async function that answers once `count` calls of it are under way at once."""
+    waiting = []
+
+    async def meet(completions):
+        waiting.append(asyncio.get_running_loop().create_future())
+        if len(waiting) == count:
+            for future in waiting:
+                future.set_result(None)
+        await asyncio.wait_for(waiting[-1], 60)
+        return length(completions)
+
+    return meet
+
+
+def test_R09_all_kinds_of_callables_with_distinct_names():
+    def f(completions, bonus):
+        return [bonus] * len(completions)
+
+    functions = [
+        length,
+        lambda completions: [1.0] * len(completions),
+        functools.partial(f, bonus=2.0),
+        functools.partial(f, bonus=3.0),
+        Judge(4.0),
+        Judge(5.0),
+        meet := meeting(3),
+        meet,
+        functools.partial(meet),
+    ]
+    batch = score(functions)
+    names = ["length", "reward_1", "f", "f_1", "Judge", "Judge_1", "meet", "meet_1", "meet_2"]
+    assert list(batch.columns) == names
+    assert [batch.columns[n][0] for n in names] == [1, 1, 2, 3, 4, 5, 1, 1, 1]
+
+
+def test_R09_async_functions_work_inside_a_running_loop():
+    async def notebook():
+        return score(slow)
+
+    assert asyncio.run(notebook()).score.tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+def test_log_metric_and_trainer_state():
+    def f(completions, log_metric, trainer_state):
+        for c in completions:
+            log_metric("words", len(c.split()))
+        return [trainer_state.step] * 4
+
+    class State:
+        step = 3.0
+
+    batch = Rewards(f)(PROMPTS, COMPLETIONS, IDS, {}, State())
+    assert batch.score.tolist() == [3.0] * 4
+    assert batch.logged == {"words": 1.5}
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [0.0, 0.0], [1.0, "2"]]
+)
+def test_R11_bad_weights_are_refused(weights):
+    with pytest.raises(TrpoLMError, match=r"reward_weights = .* must be 2 finite numbers"):
+        Rewards([length, slow], weights)
+
+
+# ---- time limits ----
+
+
+def hang(completions):
+    os.system("sleep 600 &")  # what a function leaves behind is killed with it
+    while True:
+        pass
+
+
+def worker_kit(completions, log_metric, answer):
+    log_metric("pid", os.getpid())
+    return torch.tensor([float(a) for a in answer]) + 1
+
+
+def worker_raises(completions):
+    raise KeyError("lost")
+
+
+def worker_exits(completions):
+    os._exit(7)
+
+
+def living(group):
+    """Processes of a group that are more than an unreaped entry in the table."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = entry.read_text().rpartition(")")[2].split()[:3]
+            found += [entry] if int(its_group) == group and state != "Z" else []
+    return found
+
+
+def test_R07_a_function_that_cannot_be_sent_is_refused_at_construction():
+    with pytest.raises(TrpoLMError, match=r"reward 'reward_1' cannot be sent(.|\n)*top level"):
+        Rewards([length, lambda completions: [0.0]], timeout=5)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_R07_a_function_that_hangs_is_killed_and_nothing_stays():
+    with Rewards([hang, slow], timeout=2) as rewards:
+        workers = [worker.process.pid for worker in rewards._workers.values()]
+        for worker in rewards._workers.values():
+            worker.pipe.poll(60)  # both have imported torch
+        start = time.perf_counter()
+        with pytest.raises(RunFault, match="reward 'hang' took more than 2 s and was stopped"):
+            rewards(PROMPTS, COMPLETIONS, IDS, {})
+        assert 2 <= time.perf_counter() - start < 5
+        assert multiprocessing.active_children() == []
+        assert not any(living(pid) for pid in workers)
+
+
+@pytest.mark.slow
+def test_R07_functions_in_workers_give_the_same_and_say_the_same():
+    answer = {"answer": [1, 2, 3, 4]}
+    with Rewards([worker_kit, slow], timeout=60) as rewards:
+        for _ in range(2):
+            batch = rewards(PROMPTS, COMPLETIONS, IDS, answer)
+            assert batch.columns["worker_kit"] == [2.0, 3.0, 4.0, 5.0]
+            assert batch.columns["slow"] == [1.0, 2.0, 3.0, 0.0]
+            assert batch.logged["pid"] != os.getpid()
+    for function, message in {
+        worker_raises: "reward 'worker_raises' raised KeyError: 'lost'",
+        worker_exits: r"reward 'worker_exits' lost its worker process \(exit code 7\)",
+    }.items():
+        with Rewards(function, timeout=60) as rewards:
+            with pytest.raises(RunFault, match=message) as info:
+                rewards(PROMPTS, COMPLETIONS, IDS, {})
+            if function is worker_raises:
+                assert "worker_raises" in str(info.value.__cause__.__cause__)  # its traceback
+    assert multiprocessing.active_children() == []
+
+
+# ---- unfinished text ----
+
+
+@scores_prefixes
+def words_so_far(completions, prompts, offset):
+    return [len(c.split()) + o for c, o in zip(completions, offset, strict=True)]
+
+
+def test_functions_score_prefixes_when_their_author_says_so():
+    assert not Rewards([length, words_so_far]).can_score_prefixes
+    assert Rewards([length, words_so_far], [0, 2]).can_score_prefixes
+    assert Rewards(functools.partial(words_so_far)).can_score_prefixes
+    rewards = Rewards([length, words_so_far], [0, 2])
+    prefixes = [["", " a", " a b"], [], [""]]
+    found = rewards.score_prefixes(["p"] * 3, [" a b", "", ""], prefixes, {"offset": [0, 1, 2]})
+    assert found == [[0.0, 2.0, 4.0], [], [4.0]]
+
+    @scores_prefixes
+    def per_token(completions):
+        return [[1.0] for _ in completions]
+
+    with pytest.raises(RunFault, match="returned 1 rewards for an unfinished text"):
+        Rewards(per_token).score_prefixes(["p"], ["a"], [[""]])
+
+    @scores_prefixes
+    def chatty(completions):
+        return [None if c[0]["content"] == "" else 1.0 for c in completions]
+
+    talk = [{"role": "user", "content": "hi"}]
+    found = Rewards(chatty).score_prefixes(
+        [talk], [[{"role": "assistant", "content": "a"}]], [["", "a"]]
+    )
+    assert found == [[0.0, 1.0]]
+
+
+# ---- rewards by name ----
+
+
+@pytest.mark.parametrize("target", ["os:system", "/etc/passwd", "../../x"])
+def test_S08_a_string_is_only_ever_a_model(target, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(TrpoLMError, match="reward model"):
+        Rewards(target)
+
+
+def write_module(folder, monkeypatch, text):
+    name = f"rewards_of_{folder.name}".replace("-", "_")
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    return name
+
+
+def test_S08_module_and_callable_name_a_function_to_import(tmp_path, monkeypatch):
+    text = "def happy(completions):\n    return [float(len(c)) for c in completions]\nx = 3\n"
+    name = write_module(tmp_path, monkeypatch, text)
+    function = load_reward(f"{name}:happy")
+    assert score(function).columns["happy"] == [float(len(c)) for c in COMPLETIONS]
+    for wrong, told in {
+        "os:system": "'os:system' takes \\(command\\)",
+        f"{name}:x": "is not callable",
+        f"{name}:sad": "cannot be imported: AttributeError",
+        "no_such_module:f": "cannot be imported: ModuleNotFoundError",
+        f"{tmp_path}/{name}.py": "not of the form module:callable",
+        f"{tmp_path}/{name}.py:happy": "not of the form module:callable",
+        "..x:f": "not of the form", name: "not of the form", "": "not of the form",
+        f"{name}:happy()": "not of the form",
+    }.items():  # fmt: skip
+        with pytest.raises(TrpoLMError, match=told):
+            load_reward(wrong)

@@ -1,0 +1,496 @@
+"""The token-level MDP, and batches sampled from it.
+
+    state s_t = (prompt, y_<t)      action y_t = next token (EOS is one)      s_t+1 = s_t + y_t
+
+An episode ends at EOS or at the length limit. The score of the whole completion is paid at its last
+action, plus rewards per token where a reward function gives them. `TokenMDP.step` is the
+definition; `TokenMDP.rollout` is the batched path through `model.generate`, and a test holds them
+together. Masks come from lengths, never from token values: the pad token may well be EOS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from trpo_lm.core.divergences import categorical_kl, entropy, token_logprobs
+from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.prompts import Prompt, encode_prompt
+from trpo_lm.lm.rewards import RewardBatch, Rewards
+from trpo_lm.seeds import global_seed
+
+MOST_ROWS = 64  # completions per forward pass where memory allows
+GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
+
+# What transformers would otherwise inherit from the model's own generation_config: the sampler must
+# be the policy that is differentiated, nothing filtered and nothing penalised.
+NEUTRAL_SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "num_beams": 1,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "renormalize_logits": False,
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """A prompt and the actions taken so far."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...] = ()
+    columns: Any = None
+
+
+@dataclass
+class Rollout:
+    """N completions and what they were paid.
+
+    Its tensors live on the CPU; `Policy` moves what it runs on.
+
+    Attributes:
+        prompts, completions: Text, N each; completions without special tokens.
+        columns: Further dataset columns, N values each.
+        groups: Index of the prompt of each completion, (N,) int64.
+        input_ids, attention_mask: Prompt (left-padded) and completion (right-padded), (N, P + T).
+        action_mask: True where the policy chose the token, (N, T).
+        truncated: Ended by the length limit, not by EOS, (N,) bool.
+        rewards: Reward of each action, (N, T) float64.
+        scores: What the reward functions said.
+        score_seconds: Time they took.
+    """
+
+    prompts: list[Prompt]
+    completions: list[str]
+    columns: dict[str, list]
+    groups: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    action_mask: Tensor
+    truncated: Tensor
+    rewards: Tensor
+    scores: RewardBatch
+    score_seconds: float
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Actions of each completion, (N,)."""
+        return self.action_mask.sum(-1)
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        """Actions of each completion, without padding."""
+        ids = self.input_ids[:, -self.action_mask.shape[1] :]
+        return [row[mask].tolist() for row, mask in zip(ids, self.action_mask, strict=True)]
+
+    @property
+    def actions(self) -> Tensor:
+        """All actions row by row, (S,)."""
+        return self.input_ids[:, -self.action_mask.shape[1] :][self.action_mask]
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """Lay (S,) values of the action tokens out as (N, T), zeros elsewhere."""
+        out = flat.new_zeros(self.action_mask.shape)
+        out[self.action_mask.to(flat.device)] = flat
+        return out
+
+    def token_index(self, rows: Tensor) -> Tensor:
+        """Return where the action tokens of some rows stand in the flat order, row by row."""
+        start = self.lengths.cumsum(0) - self.lengths
+        return torch.cat([torch.arange(s, s + n) for s, n in self._spans(start, rows)])
+
+    def _spans(self, start: Tensor, rows: Tensor) -> Iterator[tuple[int, int]]:
+        return zip(start[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+
+    def micro_batches(self, size: int, rows: Tensor | None = None) -> Iterator[Tensor]:
+        """Cut rows into groups of about equal length, so that little padding is computed."""
+        rows = torch.arange(len(self)) if rows is None else rows
+        if len(rows) == 0:
+            return iter(())
+        return iter(rows[self.attention_mask.sum(-1)[rows].argsort(stable=True)].split(size))
+
+    def model_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return input_ids, attention_mask and state_mask of some rows, padding cut off."""
+        ids, mask, action = self.input_ids[rows], self.attention_mask[rows], self.action_mask[rows]
+        states = torch.zeros_like(mask, dtype=torch.bool)
+        T = action.shape[1]
+        states[:, -T - 1 : -1] = action  # the output at a position is the policy for the next
+        used = mask.any(0).nonzero()
+        keep = slice(int(used[0]), int(used[-1]) + 1)
+        return ids[:, keep], mask[:, keep], states[:, keep]
+
+
+class TokenMDP:
+    """Prompts in, completions and rewards out.
+
+    Args:
+        tokenizer: Of the policy's model.
+        rewards: Scores completions.
+        eos_token_ids: Any of them ends a completion.
+        max_completion_length: Actions allowed, >= 1.
+        pad_token_id: Fills unused positions; EOS when the tokenizer has no pad token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rewards: Rewards,
+        *,
+        eos_token_ids: Sequence[int],
+        max_completion_length: int,
+        pad_token_id: int | None = None,
+    ):
+        if max_completion_length < 1:
+            raise TrpoLMError("a completion needs room for a token", where="max_completion_length")
+        if not eos_token_ids and pad_token_id is None and tokenizer.pad_token_id is None:
+            raise TrpoLMError(
+                "the tokenizer has neither a pad nor an eos token", where="processing_class",
+                hint="set tokenizer.eos_token (a token that ends a text) before training",
+            )  # fmt: skip
+        self.tokenizer, self.rewards = tokenizer, rewards
+        self.eos_token_ids = sorted(set(eos_token_ids))
+        self.max_completion_length = max_completion_length
+        candidates = (pad_token_id, tokenizer.pad_token_id, *self.eos_token_ids)
+        self.pad_token_id = next(i for i in candidates if i is not None)
+
+    def reset(self, prompt: Prompt, columns: dict[str, Any] | None = None) -> State:
+        """Return the initial state of a prompt."""
+        return State(prompt, tuple(encode_prompt(self.tokenizer, prompt)), (), columns or {})
+
+    def step(self, state: State, action: int) -> tuple[State, float, bool, bool]:
+        """Append a token: returns the next state, the reward, terminated (EOS) and truncated.
+
+        Reward functions see whole completions, so that rewards per token are paid with the last
+        action here, and where they belong in a rollout; their sum is the same.
+        """
+        ids = (*state.completion_ids, int(action))
+        after = State(state.prompt, state.prompt_ids, ids, state.columns)
+        terminated = action in self.eos_token_ids
+        truncated = not terminated and len(ids) >= self.max_completion_length
+        if not (terminated or truncated):
+            return after, 0.0, False, False
+        columns = {name: [value] for name, value in (state.columns or {}).items()}
+        scores = self.rewards([state.prompt], [self.text(ids)], [list(ids)], columns)
+        paid = _token_rewards(scores, torch.tensor([len(ids)]), len(ids)).sum()
+        return after, float(paid), terminated, truncated
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return a completion as the reward functions see it: no special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def rollout(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        *,
+        completions_per_prompt: int = 1,
+        columns: dict[str, list] | None = None,
+        seed: tuple[int | str, ...] = (0,),
+        trainer_state: Any = None,
+    ) -> Rollout:
+        """Sample completions from the policy and score them.
+
+        Args:
+            policy: Samples with its own temperature and nothing else.
+            prompts: One for each group.
+            completions_per_prompt: Completions of each prompt; they stand side by side.
+            columns: Further dataset columns, one value a prompt; they reach the reward functions.
+            seed: What the random numbers derive from.
+            trainer_state: Passed on to reward functions that ask for it.
+
+        Raises:
+            RunFault: If the model returns non-finite logits, or a reward function fails.
+        """
+        groups = torch.arange(len(prompts)).repeat_interleave(completions_per_prompt)
+        order = groups.tolist()
+        repeated = [prompts[i] for i in order]
+        values = {k: [v[i] for i in order] for k, v in (columns or {}).items()}
+        encoded = [encode_prompt(self.tokenizer, p) for p in prompts]
+        ids, mask = self.left_pad([encoded[i] for i in order])
+        sampled = torch.cat(
+            [
+                self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start))
+                for part in _slices(len(ids), GENERATE_ROWS)
+            ]
+        )
+        return self.scored(repeated, ids, mask, sampled, groups, values, trainer_state)
+
+    def scored(
+        self,
+        prompts: list[Prompt],
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampled: Tensor,
+        groups: Tensor,
+        columns: dict[str, list],
+        trainer_state: Any = None,
+    ) -> Rollout:
+        """Return the rollout that N sampled completions are, with their scores.
+
+        Args:
+            prompts: Of each completion, (N,).
+            prompt_ids: Their tokens, left-padded, (N, P), from `left_pad`.
+            prompt_mask: 1 at real tokens, (N, P).
+            sampled: Tokens of the completions, (N, max_completion_length); anything after EOS.
+            groups: Index of the prompt of each completion, (N,).
+            columns: Further dataset columns, N values each.
+            trainer_state: Passed on to reward functions that ask for it.
+
+        Raises:
+            RunFault: If a reward function fails.
+        """
+        lengths, truncated = self._lengths(sampled)
+        T = self.max_completion_length  # on every rank, however long its completions are
+        action_mask = torch.arange(T)[None] < lengths[:, None]
+        sampled = sampled.masked_fill(~action_mask, self.pad_token_id)
+        completion_ids = [row[:n].tolist() for row, n in zip(sampled, lengths, strict=True)]
+        completions = [self.text(row) for row in completion_ids]
+        start = perf_counter()
+        scores = self.rewards(prompts, completions, completion_ids, columns, trainer_state)
+        return Rollout(
+            prompts=prompts,
+            completions=completions,
+            columns=columns,
+            groups=groups,
+            input_ids=torch.cat([prompt_ids, sampled], dim=1),
+            attention_mask=torch.cat([prompt_mask, action_mask.to(prompt_mask.dtype)], dim=1),
+            action_mask=action_mask,
+            truncated=truncated,
+            rewards=_token_rewards(scores, lengths, T),
+            scores=scores,
+            score_seconds=perf_counter() - start,
+        )
+
+    def prefix_texts(self, rollout: Rollout) -> list[list[str]]:
+        """Decode every prefix y_<t of every completion: one text for each action's state."""
+        return [[self.text(ids[:t]) for t in range(len(ids))] for ids in rollout.completion_ids]
+
+    def prefix_scores(self, rollout: Rollout) -> Tensor:
+        """Return the reward functions' score of the text of every state, (N, T) float64."""
+        told = self.rewards.score_prefixes(
+            rollout.prompts, rollout.completions, self.prefix_texts(rollout), rollout.columns
+        )
+        flat = [score for row in told for score in row]
+        return rollout.padded(torch.tensor(flat, dtype=torch.float64))
+
+    def left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Return the ids of prompts and their mask, (N, P), padded on the left."""
+        P = max(map(len, prompts))
+        ids = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
+        mask = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
+        return torch.tensor(ids), torch.tensor(mask)
+
+    @torch.no_grad()
+    def _generate(self, policy: Policy, ids: Tensor, mask: Tensor, seed: tuple) -> Tensor:
+        """Return sampled tokens, (n, max_completion_length), anything after EOS."""
+        config = GenerationConfig(
+            **NEUTRAL_SAMPLING,
+            temperature=policy.temperature,
+            max_new_tokens=self.max_completion_length,
+            eos_token_id=self.eos_token_ids or None,
+            pad_token_id=self.pad_token_id,
+        )
+        own, policy.base.generation_config = policy.base.generation_config, config
+        try:
+            with global_seed(*seed, device=policy.device):  # type: ignore[misc]
+                out = policy.base.generate(
+                    input_ids=ids.to(policy.device),
+                    attention_mask=mask.to(policy.device),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([_FiniteLogits()]),
+                )
+        finally:
+            policy.base.generation_config = own
+        out = out[:, ids.shape[1] :].cpu()
+        missing = self.max_completion_length - out.shape[1]
+        return torch.nn.functional.pad(out, (0, missing), value=self.pad_token_id)
+
+    def _lengths(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the number of actions of each row, EOS included, and whether none was EOS."""
+        eos = torch.isin(sampled, torch.tensor(self.eos_token_ids, dtype=sampled.dtype))
+        ended = eos.any(-1)
+        first = eos.int().argmax(-1) + 1
+        return torch.where(ended, first, sampled.shape[1]), ~ended
+
+
+class _FiniteLogits(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        whole = scores.sum()  # one pass: nan and +inf survive a sum, and -inf is a legal logit
+        if torch.isnan(whole) or whole == torch.inf:
+            raise RunFault(
+                "non-finite logits at layer output", where="generation",
+                hint="a weight of the model is nan or infinite, or its dtype overflows",
+            )  # fmt: skip
+        return scores
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _token_rewards(scores: RewardBatch, lengths: Tensor, T: int) -> Tensor:
+    """Pay the terminal part at the last action of each row, and token rewards where they belong."""
+    rewards = torch.zeros(len(lengths), T, dtype=torch.float64)
+    rewards[torch.arange(len(lengths)), lengths - 1] = scores.terminal
+    for row, values in enumerate(scores.token_rewards or []):
+        rewards[row, : len(values)] += torch.tensor(values, dtype=torch.float64)
+    return rewards
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return every id that ends a completion: the model's generation config and the tokenizer's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def ignored_sampling(model: Any) -> dict[str, Any]:
+    """Return the sampling settings that a model ships and training does not use."""
+    own = getattr(model.generation_config, "to_diff_dict", dict)()
+    return {
+        name: own[name]
+        for name, neutral in NEUTRAL_SAMPLING.items()
+        if name not in ("do_sample", "num_beams") and own.get(name, neutral) not in (neutral, None)
+    }
+
+
+@dataclass
+class Batch:
+    """A rollout with what the old policy and the reference say about its states.
+
+    Attributes:
+        rollout: The completions, N.
+        old_features, ref_features: Features of both at every state, (S, D).
+        hidden: The reference's last hidden states, (S, D): what a value head looks at.
+        old_logprobs, ref_logprobs: log-probability of each action, (S,), nats.
+        entropy: Entropy of pi_old at each state, (S,), nats.
+        ref_kl: KL(pi_old ‖ pi_ref) at each state, exact, (S,), nats.
+        actions: The tokens that were chosen, (S,) int64.
+        rewards: What the update maximises, (N, T) float64 on the CPU.
+        values: V(s_t), (N, T) float64 on the CPU.
+        advantages: A_t, (S,), in units of their standard deviation.
+        micro_batch_size: Completions per forward pass.
+    """
+
+    rollout: Rollout
+    old_features: Tensor
+    ref_features: Tensor
+    hidden: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    ref_kl: Tensor
+    actions: Tensor
+    rewards: Tensor
+    values: Tensor
+    advantages: Tensor
+    micro_batch_size: int
+
+    def micro_batches(
+        self, rows: Tensor | None = None, *, share: float = 1.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return pairs of row indices and the indices of their tokens in the flat order.
+
+        Args:
+            rows: Which completions; all when None.
+            share: Of `micro_batch_size`, where a pass keeps more than one graph's memory.
+        """
+        size = max(1, int(self.micro_batch_size * share))
+        for part in self.rollout.micro_batches(size, rows):
+            yield part, self.rollout.token_index(part)
+
+
+@torch.no_grad()
+def measure(policy: Policy, rollout: Rollout, *, micro_batch_size: int | None = None) -> Batch:
+    """Run old policy and reference over a rollout; values and advantages are still zero.
+
+    Args:
+        policy: At theta_old.
+        rollout: Sampled from it.
+        micro_batch_size: Completions per forward pass; None: `affordable_rows`.
+    """
+    micro_batch_size = micro_batch_size or affordable_rows(policy, rollout)
+    old = all_features(policy, rollout, micro_batch_size)[1]
+    with policy.reference():
+        hidden, ref = all_features(policy, rollout, micro_batch_size)
+    columns: list[tuple[Tensor, ...]] = []
+    actions = rollout.actions.to(old.device)
+    for where in policy.chunks(len(old)):
+        log_old, log_ref = policy.logprobs(old[where]), policy.logprobs(ref[where])
+        columns.append(
+            (
+                token_logprobs(log_old, actions[where]),
+                token_logprobs(log_ref, actions[where]),
+                entropy(log_old),
+                categorical_kl(old=log_old, new=log_ref),
+            )
+        )
+    logprobs, ref_logprobs, entropies, ref_kl = (torch.cat(c) for c in zip(*columns, strict=True))
+    return Batch(
+        rollout=rollout,
+        old_features=old,
+        ref_features=ref,
+        hidden=hidden,
+        old_logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        entropy=entropies,
+        ref_kl=ref_kl,
+        actions=actions,
+        rewards=rollout.rewards,
+        values=torch.zeros_like(rollout.rewards),
+        advantages=torch.zeros_like(logprobs),
+        micro_batch_size=micro_batch_size,
+    )
+
+
+def affordable_rows(policy: Policy, rollout: Rollout) -> int:
+    """Return how many completions a forward pass may take: 64, or fewer where memory is short.
+
+    A graph over that many may fill an eighth of the memory that the weights leave, judged by what
+    the longest completion's graph holds. All memory counts, not what is free just now: the size,
+    and with it the rounding, must not depend on what else runs.
+    """
+    longest = rollout.attention_mask.sum(-1).argmax()[None]
+    weights = sum(p.nbytes for p in policy.model.parameters())
+    each = policy.graph_bytes(*rollout.model_inputs(longest))
+    rows = (memory(policy.device) - weights) // 8 // each
+    return min(MOST_ROWS, 1 << max(rows, 1).bit_length() - 1)
+
+
+def memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@torch.no_grad()
+def all_features(policy: Policy, rollout: Rollout, size: int) -> tuple[Tensor, Tensor]:
+    """Return hidden states and features of every state of a rollout, in flat order."""
+    parts, order = [], []
+    for rows in rollout.micro_batches(size):
+        parts.append(policy.hidden_and_features(*rollout.model_inputs(rows)))
+        order.append(rollout.token_index(rows))
+    back = torch.cat(order).argsort()
+    hidden, features = (torch.cat(p)[back] for p in zip(*parts, strict=True))
+    return hidden, features

@@ -1,0 +1,419 @@
+"""Where scores come from: several reward functions and reward models as one, checked.
+
+A reward function takes the keywords it names out of `KEYWORDS` and the dataset's columns and
+returns one entry for each completion: a number (paid at the last action), a list of numbers (one
+for each token, paid where they stand) or None to abstain. A reward model is a classifier with a
+tokenizer of its own (`reward_models`). Both may score unfinished text, for the prefix critic.
+
+Nothing is clipped, normalised or replaced here: a reward that cannot be used is an error that names
+the function and the sample.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.reward_models import RewardModel
+from trpo_lm.lm.reward_workers import RemoteFailure, Worker, call, collect_metric
+
+KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
+_SIGNATURE_HINT = f"a reward takes some of {', '.join(KEYWORDS)} and the dataset's columns, by name"
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """What N completions earned.
+
+    Attributes:
+        score: (N,) float64, weighted sum over the functions that did not abstain; nan where none
+            spoke or the row was skipped. Equals `terminal` plus the sum of `token_rewards`.
+        valid: (N,) bool, rows with a score.
+        terminal: (N,) float64, the part of `score` paid at the last action; 0 where not valid.
+        token_rewards: One weighted reward for each token of each completion, zeros where not valid;
+            None if no function returned lists.
+        columns: Unweighted values of each function (the sum of a list); None where it abstained or
+            the value was skipped.
+        logged: Mean of what the functions passed to `log_metric`, by name.
+    """
+
+    score: Tensor
+    valid: Tensor
+    terminal: Tensor
+    token_rewards: list[list[float]] | None
+    columns: dict[str, list[float | None]]
+    logged: dict[str, float]
+
+
+def scores_prefixes(function: Callable) -> Callable:
+    """Declare that a reward function can score unfinished text, for the prefix critic.
+
+    It is then also called with prefixes as `completions`, without `completion_ids` and
+    `trainer_state`, and returns one number for each: the better that tells how the whole will
+    score, the better the critic.
+    """
+    function.scores_prefixes = True  # type: ignore[attr-defined]
+    return function
+
+
+def abstain(completions: list[str]) -> list[None]:
+    """Score nothing: the reward of rollouts that are only looked at."""
+    return [None] * len(completions)
+
+
+def load_reward(target: str) -> Callable:
+    """Import the reward function that `module:callable` names, for command lines.
+
+    The code of the module is run; elsewhere a string only ever names a reward model.
+
+    Args:
+        target: A module that Python can import, as on its own command line, and a name in it.
+
+    Raises:
+        TrpoLMError: If it is not of that form, cannot be imported, or is no reward function.
+    """
+    module, colon, name = target.partition(":")
+    if not (colon and name.isidentifier() and all(p.isidentifier() for p in module.split("."))):
+        raise TrpoLMError(
+            f"reward function {target!r} is not of the form module:callable",
+            hint="e.g. my_rewards:short_and_happy, with my_rewards.py in a folder of PYTHONPATH",
+        )
+    try:
+        function = getattr(import_module(module), name)
+    except Exception as error:
+        raise TrpoLMError(
+            f"reward function {target!r} cannot be imported: {type(error).__name__}: {error}",
+            hint="is its folder in PYTHONPATH?",
+        ) from error
+    _signature(function, target)
+    return function
+
+
+class Rewards:
+    """Several reward functions as one.
+
+    Args:
+        reward_funcs: One or a list of: callables (async ones too), reward models, or models and
+            their names, which become a `RewardModel`.
+        reward_weights: One finite weight for each function, not all zero; default 1.
+        on_bad_reward: What a nan or infinite reward does: "error", or "skip" to drop the row.
+        timeout: Seconds a function (not a reward model) may take. Each function then runs in a
+            process of its own, which is killed when the time is over.
+        reward_model_options: Keywords for the reward models made here.
+
+    Attributes:
+        names: A distinct name for each function.
+        weights: Weight of each function.
+        can_score_prefixes: Whether every function with a weight can score unfinished text.
+
+    Raises:
+        TrpoLMError: If a function or the weights cannot be used.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Any,
+        reward_weights: list[float] | None = None,
+        *,
+        on_bad_reward: str = "error",
+        timeout: float | None = None,
+        reward_model_options: dict[str, Any] | None = None,
+    ):
+        given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        if not given:
+            raise TrpoLMError("reward_funcs is empty", hint=_SIGNATURE_HINT)
+        if on_bad_reward not in ("error", "skip"):
+            raise TrpoLMError(f"on_bad_reward = {on_bad_reward!r} must be 'error' or 'skip'")
+        self.weights = [1.0] * len(given) if reward_weights is None else list(reward_weights)
+        finite = all(isinstance(w, numbers.Real) and math.isfinite(w) for w in self.weights)
+        if len(self.weights) != len(given) or not finite or not any(self.weights):
+            raise TrpoLMError(
+                f"reward_weights = {reward_weights!r} must be {len(given)} finite numbers, one for "
+                "each reward function, not all zero"
+            )
+        self.on_bad_reward, self.timeout = on_bad_reward, timeout
+        self.functions: list[Any] = []
+        self.names: list[str] = []
+        for i, function in enumerate(given):
+            is_model = isinstance(function, torch.nn.Module) and hasattr(function, "config")
+            if is_model or isinstance(function, str):
+                function = RewardModel(function, **(reward_model_options or {}))
+            self.functions.append(function)
+            self.names.append(_name(function, i, self.names))
+        self._signatures = [
+            _signature(f, n) for f, n in zip(self.functions, self.names, strict=True)
+        ]
+        self.can_score_prefixes = all(
+            getattr(getattr(f, "func", f), "scores_prefixes", False)  # func: functools.partial
+            for f, weight in zip(self.functions, self.weights, strict=True)
+            if weight
+        )
+        self._workers: dict[int, Worker] = {}
+        self._start_workers()
+
+    def check_columns(self, column_names: Iterable[str]) -> None:
+        """Raise `TrpoLMError` if a function requires what is neither a keyword nor a column."""
+        columns = sorted(column_names)
+        for name, (required, _) in zip(self.names, self._signatures, strict=True):
+            if absent := sorted(required - {*KEYWORDS, *columns}):
+                raise TrpoLMError(
+                    f"reward {name!r} requires {', '.join(absent)}, which is no column of the "
+                    f"dataset ({', '.join(columns) or 'it has none'})",
+                    hint=_SIGNATURE_HINT,
+                )
+
+    def __call__(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        columns: dict[str, list],
+        trainer_state: Any = None,
+    ) -> RewardBatch:
+        """Score N completions.
+
+        Args:
+            prompts: (N,) strings or conversations.
+            completions: (N,) strings or lists of messages.
+            completion_ids: (N,) token ids, without padding.
+            columns: Further columns of the dataset, (N,) each.
+            trainer_state: Handed to the functions that ask for it.
+
+        Raises:
+            RunFault: If a function raises, takes too long, or returns what cannot be used.
+        """
+        self.check_columns(columns)
+        known = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        known["trainer_state"] = trainer_state
+        results, metrics = self._run(range(len(self.functions)), {**columns, **known})
+        lengths = [len(ids) for ids in completion_ids]
+        values = [self._checked(k, result, prompts, lengths) for k, result in enumerate(results)]
+
+        weights = np.array(self.weights, dtype=float)
+        said = np.array([[v is not None for v in row] for row in values], dtype=bool)  # (F, N)
+        listed = np.array([[isinstance(v, list) for v in row] for row in values], dtype=bool)
+        sums = np.array([[_total(v) for v in row] for row in values], dtype=float)
+        skipped = np.isnan(sums).any(axis=0)
+        valid = said[weights != 0].any(axis=0) & ~skipped
+        token_rewards = [np.zeros(length) for length in lengths]
+        for k, i in np.argwhere(listed & valid):
+            token_rewards[i] += weights[k] * np.array(values[k][i])
+        logged = {name: sum(found) / len(found) for name, found in metrics.items()}
+        if self.on_bad_reward == "skip":
+            logged["rewards/skipped"] = float(skipped.sum())
+        return RewardBatch(
+            score=torch.from_numpy(np.where(valid, weights @ sums, math.nan)),
+            valid=torch.from_numpy(valid),
+            terminal=torch.from_numpy(np.where(valid, weights @ np.where(listed, 0.0, sums), 0.0)),
+            token_rewards=[row.tolist() for row in token_rewards] if listed.any() else None,
+            columns={
+                name: [x if a and math.isfinite(x) else None for a, x in zip(*row, strict=True)]
+                for name, *row in zip(self.names, said.tolist(), sums.tolist(), strict=True)
+            },
+            logged=logged,
+        )
+
+    def score_prefixes(
+        self,
+        prompts: list,
+        completions: list,
+        prefixes: list[list[str]],
+        columns: dict[str, list] | None = None,
+    ) -> list[list[float]]:
+        """Score the states of N completions: the weighted sum over the functions.
+
+        Args:
+            prompts: (N,) strings or conversations.
+            completions: (N,) strings or lists of messages.
+            prefixes: prefixes[i][t] is the text of the first t tokens of completion i.
+            columns: Further columns of the dataset, (N,) each.
+
+        Returns:
+            Scores in the shape of `prefixes`; what abstains on a prefix, or is skipped, adds 0.
+
+        Raises:
+            RunFault: As for whole completions.
+        """
+        states = [(i, text) for i, row in enumerate(prefixes) for text in row]
+        known = {name: [column[i] for i, _ in states] for name, column in (columns or {}).items()}
+        known["prompts"] = [prompts[i] for i, _ in states]
+        known["completions"] = [
+            text if isinstance(completions[i], str) else [{"role": "assistant", "content": text}]
+            for i, text in states
+        ]
+        weighted = [k for k, weight in enumerate(self.weights) if weight]
+        plain = [k for k in weighted if not isinstance(self.functions[k], RewardModel)]
+        results = dict(zip(plain, self._run(plain, known)[0], strict=True))
+        total = np.zeros(len(states))
+        for k in weighted:
+            if k not in results:
+                keywords = {"prompts": prompts, "completions": completions, "prefixes": prefixes}
+                (rows,) = call([(self.functions[k].score_prefixes, keywords)])
+                self._raise_failure(k, rows, prompts)
+                results[k] = [score for row in rows for score in row]
+            values = self._checked(k, results[k], known["prompts"], None)
+            total += self.weights[k] * np.nan_to_num([_total(v) for v in values])
+        scores = iter(total.tolist())
+        return [[next(scores) for _ in row] for row in prefixes]
+
+    def close(self) -> None:
+        """End the worker processes; a later call starts new ones."""
+        while self._workers:
+            self._workers.popitem()[1].close()
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start_workers(self) -> None:
+        """With a time limit, give each function a process; reward models stay in this one."""
+        try:
+            for k, function in enumerate(self.functions if self.timeout else ()):
+                if k not in self._workers and not isinstance(function, RewardModel):
+                    self._workers[k] = Worker(function, self.names[k])
+        except TrpoLMError:
+            self.close()
+            raise
+
+    def _run(
+        self, which: Iterable[int], known: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, list[float]]]:
+        """Call the functions `which` with what each takes of `known`.
+
+        Returns:
+            What each returned, and the values passed to `log_metric`, by name.
+        """
+        metrics: dict[str, list[float]] = {}
+        if not known["prompts"]:
+            return [[] for _ in which], metrics
+        known = {**known, "log_metric": functools.partial(collect_metric, metrics)}
+        keywords = {}
+        for k in which:
+            _, accepted = self._signatures[k]
+            keywords[k] = {n: v for n, v in known.items() if accepted is None or n in accepted}
+        try:
+            self._start_workers()
+            elsewhere = [k for k in keywords if k in self._workers]
+            for k in elsewhere:
+                self._workers[k].ask(keywords[k], self.timeout or math.inf)
+            here = [k for k in keywords if k not in self._workers]
+            found = call([(self.functions[k], keywords[k]) for k in here])
+            results = dict(zip(here, found, strict=True))
+            for k in elsewhere:
+                results[k], remote = self._workers[k].answer()
+                for name, values in remote.items():
+                    metrics.setdefault(name, []).extend(values)
+            for k, result in results.items():
+                self._raise_failure(k, result, known["prompts"])
+        except BaseException:
+            self.close()  # no process stays behind, busy with a call that nobody waits for
+            raise
+        return [results[k] for k in keywords], metrics
+
+    def _raise_failure(self, k: int, result: Any, prompts: list) -> None:
+        """Raise if the call of function `k` ended in an exception."""
+        if isinstance(result, BaseException):
+            ours = isinstance(result, (TrpoLMError, torch.OutOfMemoryError))
+            if ours or not isinstance(result, Exception):  # a signal, met by an async function
+                raise result
+            kind = "" if isinstance(result, RemoteFailure) else f"{type(result).__name__}: "
+            where = f"{len(prompts)} samples, the first with prompt {_excerpt(prompts[0])}"
+            raise RunFault(
+                f"reward {self.names[k]!r} raised {kind}{result}", where=where
+            ) from result
+
+    def _checked(
+        self, k: int, result: Any, prompts: list, lengths: list[int] | None
+    ) -> list[float | list[float] | None]:
+        """Return what function `k` said about each sample, or raise `RunFault`.
+
+        Args:
+            k: Index of the function.
+            result: What it returned.
+            prompts: (N,), to say which sample it is about.
+            lengths: (N,) tokens of each completion; None where lists are not allowed.
+
+        Returns:
+            (N,) None, a number, or a number for each token; nan where a row is to be skipped.
+        """
+        reward, count = f"reward {self.names[k]!r}", f"for {len(prompts)} completions"
+        if isinstance(result, np.ndarray):
+            if result.ndim != 1:
+                raise RunFault(f"{reward} returned an array of shape {result.shape} {count}")
+            result = result.tolist()
+        if not isinstance(result, list):
+            hint = "return a list: for each completion a number, None, or a number for each token"
+            raise RunFault(f"{reward} returned {type(result).__name__} {count}", hint=hint)
+        if len(result) != len(prompts):
+            raise RunFault(f"{reward} returned {len(result)} rewards {count}")
+        values: list[float | list[float] | None] = []
+        for i, value in enumerate(result):
+            sample = f"for sample {i} (prompt {_excerpt(prompts[i])})"
+            value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+            entries = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(x, numbers.Real) for x in entries):
+                raise RunFault(f"{reward} returned {value!r:.60}, which is not a number, {sample}")
+            if isinstance(value, list) and (lengths is None or len(value) != lengths[i]):
+                tokens = "an unfinished text" if lengths is None else f"{lengths[i]} tokens"
+                raise RunFault(f"{reward} returned {len(value)} rewards for {tokens} {sample}")
+            bad = [x for x in entries if not math.isfinite(x)]
+            if bad and self.on_bad_reward == "error":
+                hint = "return None to abstain, or drop such rows with on_bad_reward='skip'"
+                raise RunFault(f"{reward} returned {bad[0]} {sample}", hint=hint)
+            values.append(math.nan if bad else value)
+        return values
+
+
+def _total(value: float | list[float] | None) -> float:
+    """Return what a function paid for one completion."""
+    return float(sum(value) if isinstance(value, list) else value or 0.0)
+
+
+def _excerpt(prompt: Any) -> str:
+    """Return the beginning of a prompt, quoted."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"] if prompt else "")
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _name(function: Any, index: int, taken: list[str]) -> str:
+    """Return a name for a function that no other one has."""
+    inner = getattr(function, "func", function)  # functools.partial
+    name = getattr(inner, "__name__", type(inner).__name__)
+    name = f"reward_{index}" if name == "<lambda>" else name
+    others = (f"{name}_{k}" for k in range(1, len(taken) + 1))
+    return next(n for n in (name, *others) if n not in taken)
+
+
+def _signature(function: Any, name: str) -> tuple[set[str], set[str] | None]:
+    """Return the arguments a function requires, and those it takes (None: any)."""
+    if not callable(function):
+        raise TrpoLMError(f"reward {function!r} is not callable", hint=_SIGNATURE_HINT)
+    parameters = []
+    with suppress(TypeError, ValueError):  # some built-in functions have no signature
+        parameters = list(inspect.signature(function).parameters.values())
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = {p.name: p.default for p in by_name}
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    unnamed = any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters)
+    if unnamed or not (anything or {"completions", "completion_ids"} & set(named)):
+        arguments = ", ".join(p.name for p in parameters)
+        raise TrpoLMError(
+            f"reward {name!r} takes ({arguments}): it cannot be given `completions` by name",
+            hint=_SIGNATURE_HINT,
+        )
+    required = {n for n, default in named.items() if default is inspect.Parameter.empty}
+    return required, None if anything else set(named)

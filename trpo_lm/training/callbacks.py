@@ -1,0 +1,106 @@
+"""transformers' callbacks and trackers, without its Trainer.
+
+An update is a step: on_step_begin, on_step_end, on_log, on_evaluate, on_save and the ends of the
+run come as transformers' Trainer sends them, and a callback may set the flags of `TrainerControl`
+(should_training_stop, should_save, should_evaluate, should_log). on_epoch_*, on_substep_end and
+on_optimizer_step never come: there are no epochs and no optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
+
+from trpo_lm.config import TrainerConfig
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.training.ranks import Ranks
+
+_FLAGS = ("should_training_stop", "should_save", "should_evaluate", "should_log")
+
+
+class Callbacks:
+    """What the trainer tells of a run, and what callbacks ask of it.
+
+    Args:
+        callbacks: Instances or classes.
+        args: Names the trackers (`report_to`) and how often to log, evaluate and save.
+        ranks: Callbacks run on every rank; a flag that one of them sets counts for all.
+        model, tokenizer: Handed to the callbacks.
+
+    Attributes:
+        state: As transformers keeps it; `global_step` is the number of updates done.
+        control: The flags.
+
+    Raises:
+        TrpoLMError: If a tracker is unknown or not installed.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]],
+        args: TrainerConfig,
+        ranks: Ranks,
+        *,
+        model: Any,
+        tokenizer: Any,
+    ):
+        self.args, self.ranks = args, ranks
+        self.state = TrainerState(max_steps=args.updates, num_train_epochs=1)
+        self.state.is_local_process_zero = self.state.is_world_process_zero = ranks.main
+        self.control = TrainerControl()
+        self._handler = None
+        trackers = [t.strip() for t in args.report_to.split(",") if t.strip() not in ("", "none")]
+        if not trackers and not callbacks:
+            return
+        try:
+            found = [cls() for cls in get_reporting_integration_callbacks(trackers)]
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise TrpoLMError(str(error).splitlines()[0], where="report_to") from error
+        self._arguments = TrainingArguments(
+            output_dir=args.output_dir, run_name=args.run_name, report_to=trackers or "none",
+            seed=args.seed, logging_steps=args.logging_steps, max_steps=args.updates,
+        )  # fmt: skip
+        # DefaultFlowCallback is there because the handler warns of its absence, and does nothing
+        # here: `due` says what is due.
+        flow = [DefaultFlowCallback, *found, *callbacks]
+        self._handler = CallbackHandler(flow, model, tokenizer, None, None)
+        self._handler.pop_callback(DefaultFlowCallback)
+
+    def event(self, name: str, **keywords: Any) -> None:
+        """Call `on_...` of every callback."""
+        if self._handler is not None:
+            call = getattr(self._handler, name)
+            self.control = call(self._arguments, self.state, self.control, **keywords)
+
+    def step_end(self) -> None:
+        """Set the flags that are due after an update, and hear what callbacks add to them."""
+        args, update = self.args, self.state.global_step
+        for flag, every in (
+            ("should_log", args.logging_steps),
+            ("should_evaluate", args.eval_steps),
+            ("should_save", args.save_steps),
+        ):
+            setattr(self.control, flag, every > 0 and update % every == 0)
+        self.event("on_step_end")
+        self.agree()
+
+    def agree(self) -> None:
+        """Set each flag on every rank if it is set on any."""
+        if self._handler is not None:
+            for values in self.ranks.gather([{f: getattr(self.control, f) for f in _FLAGS}]):
+                for flag in (f for f in _FLAGS if values[f]):
+                    setattr(self.control, flag, True)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send the numbers of an update to the trackers."""
+        numbers = {
+            k: float(v) if isinstance(v, bool) else v
+            for k, v in row.items()
+            if isinstance(v, int | float) and k != "update"
+        }
+        self.state.log_history.append({**numbers, "step": self.state.global_step})
+        self.event("on_log", logs=numbers)
