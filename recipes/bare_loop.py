@@ -20,11 +20,12 @@ from trpo_lm.core.conjugate_gradient import conjugate_gradient
 from trpo_lm.core.line_search import backtrack
 from trpo_lm.core.trust_region import plane_step
 from trpo_lm.lm.critic import PrefixCritic
-from trpo_lm.lm.mdp import TokenMDP, end_token_ids, measure
+from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.objective import fisher, gradients, measure_at
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards
+from trpo_lm.lm.rollout import Batch
 from trpo_lm.seeds import generator
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -49,7 +50,7 @@ def main():
         chosen = torch.randperm(len(prompts), generator=generator(SEED, update))[:N]
         rollout = mdp.rollout(policy, [prompts[i] for i in chosen.tolist()], seed=(SEED, update))
         mask, valid = rollout.action_mask, rollout.scores.valid
-        batch = measure(policy, rollout, micro_batch_size=64)
+        batch = Batch.from_rollout(policy, rollout, micro_batch_size=64)
         k = float(batch.ref_kl.sum()) / N  # R(theta_old), exact per state
 
         # credit: V(s_t) is the calibrated score of the prefix, A_t is GAE

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from trpo_lm.algorithms.trpo import TRPO
-from trpo_lm.lm.mdp import measure
-from trpo_lm.lm.objective import gradients, measure_at
+from trpo_lm.lm.rollout import Batch
 
 KINDS = ["gpt2", "llama"]
 N = 8  # completions: 4 prompts of unequal length, two completions each
@@ -56,12 +55,12 @@ def consequences(kind, rollout, advantages, micro_batch_size):
     policy = sampled(kind)[0]
     theta = policy.parameters
     before = theta.snapshot()
-    batch = measure(policy, rollout, micro_batch_size=micro_batch_size)
-    batch.advantages = advantages[rollout.action_mask]
-    g, b = gradients(policy, batch, tiny.identity, float(N), reference=True)
+    batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
+    objective = tiny.objective(policy, batch, advantages)
+    g, b = objective.gradients(reference=True)
     algorithm = TRPO(max_kl=0.05, max_ref_kl=0.4, fisher_completions=N, cg_iterations=5)
-    row = algorithm.update(policy, batch, tiny.identity, algorithm.init_state(policy))
-    moved = measure_at(policy, batch, tiny.identity, float(N))
+    _, row = algorithm.update(objective, algorithm.init_state(theta))
+    moved = objective.measure()
     step = theta.flatten([p.detach() - q for p, q in zip(theta.tensors, before, strict=True)])
     theta.restore(before)
     assert row["line_search/accepted"]
@@ -107,17 +106,16 @@ def test_layout_leaves_gradients_distances_and_step_alone(
 )
 def test_units_and_origin_of_the_reward_leave_the_advantages_alone(scale, shift, lam, rows):
     """Values are in the same units: they are fitted to the rewards."""
-    policy, rollout, values = sampled("gpt2")
-    batch = measure(policy, rollout, micro_batch_size=N)
+    _, rollout, values = sampled("gpt2")
     valid = torch.tensor([i in rows for i in range(N)])
-    batch.rollout = replace(rollout, scores=replace(rollout.scores, valid=valid))
+    rollout = replace(rollout, scores=replace(rollout.scores, valid=valid))
     score = values[:, 0] * 0.7 + torch.arange(N).double()
     last = torch.arange(rollout.action_mask.shape[1]) == rollout.lengths[:, None] - 1
     found = []
     for a, c in [(1.0, 0.0), (scale, scale * shift)]:
-        batch.rewards = last * (a * score + c)[:, None]
-        batch.values = (a * values + c) * rollout.action_mask
-        found.append(TRPO(lam=lam).advantages(batch, tiny.identity))
+        rewards = last * (a * score + c)[:, None]
+        scaled = (a * values + c) * rollout.action_mask
+        found.append(TRPO(lam=lam).advantages(rollout, rewards, scaled, tiny.identity))
     assert float(found[0].abs().max()) > 0.1
     assert float((found[0] - found[1]).abs().max()) <= 1e-9
     assert float(found[0][~valid].abs().max() if not valid.all() else 0.0) == 0.0

@@ -5,13 +5,18 @@ import math
 import pytest
 import torch
 from statements import identities, updates
-from statements.enumerable import alone, build, exact_update, largest, relative, whole_number_batch
+from statements.enumerable import (
+    build,
+    exact_update,
+    largest,
+    relative,
+    whole_number_objective,
+)
 
-from trpo_lm.algorithms.trpo import constrained_update
 from trpo_lm.config import TRPOSettings
 from trpo_lm.core.advantages import gae
+from trpo_lm.core.natural_step import StepLimits, constrained_update
 from trpo_lm.core.trust_region import plane_step
-from trpo_lm.lm.objective import fisher, gradients, measure_at
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,9 +156,9 @@ def test_10_gradients_of_any_policy_are_means_over_single_completions():
     y = tree.completion_logprobs(pi.detach()).exp()
     total_g, total_b = torch.zeros_like(g), torch.zeros_like(b)
     for i, probability in enumerate(y):
-        batch = tree.batch(torch.eye(len(y), dtype=torch.int64)[i])
-        # infinitely many completions stand for no baseline: the mean of one row is that row
-        g_y, b_y = gradients(tree.policy, batch, alone, math.inf, reference=True)
+        objective = tree.objective(torch.eye(len(y), dtype=torch.int64)[i])
+        objective.N = math.inf  # no baseline: the mean of one row would be that row
+        g_y, b_y = objective.gradients(reference=True)
         total_g += probability * g_y.sum(0)
         total_b += probability * b_y.sum(0)
     assert relative(total_g, g) < 1e-10
@@ -162,22 +167,22 @@ def test_10_gradients_of_any_policy_are_means_over_single_completions():
 
 @pytest.mark.parametrize("budget", [None, 1.0, 0.68, 0.6, 0.05])
 def test_10_the_package_on_an_exact_batch_makes_the_exact_update(budget):
-    """gradients, fisher, measure_at, constrained_update: the same theta as the enumerated sums."""
+    """BatchObjective and constrained_update: the same theta as the enumerated sums."""
     settings = TRPOSettings(
         max_kl=0.02, max_ref_kl=budget, cg_iterations=6, damping=0.1, line_search_trials=20
     )
     tree = build(uniform=True)
     theta = tree.policy.parameters
     start = theta.snapshot()
-    batch = whole_number_batch(tree)
-    N = len(batch.rollout)
-    g, b = gradients(tree.policy, batch, alone, N, reference=budget is not None)
+    objective = whole_number_objective(tree)
+    N = objective.N
+    g, b = objective.gradients(reference=budget is not None)
+    limits = StepLimits(
+        settings.max_kl, objective.reference_kl()[0], math.inf if budget is None else budget, 0.1
+    )
     sampled = constrained_update(
         theta, g.sum(0) / N, None if b is None else b.sum(0) / N,
-        fisher(tree.policy, batch, alone, N),
-        lambda: measure_at(tree.policy, batch, alone, N), settings, radius=settings.max_kl,
-        damping=0.1, ref_kl=float(batch.ref_kl.sum()) / N,
-        budget=math.inf if budget is None else budget,
+        objective.fisher(int(N)), objective.measure, limits, settings,
     )  # fmt: skip
     reached = tree.table().detach()
     theta.restore(start)

@@ -17,9 +17,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from trpo_lm.lm.mdp import TokenMDP, measure
+from trpo_lm.core.divergences import categorical_kl, token_logprobs
+from trpo_lm.lm.mdp import TokenMDP
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import Rewards
+from trpo_lm.lm.rollout import Batch
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 WORDS = [f"w{i}" for i in range(9)]
@@ -110,16 +113,24 @@ def mdp(reward=None, *, length=5, tok=None, eos=STOPS, **options):
 
 
 def batch(policy, *, prompts=PROMPTS, each=2, length=5, seed=0, micro_batch_size=3, **options):
-    """Return a measured rollout with made-up, standardised advantages."""
+    """Return a rollout with what old policy and reference say of it."""
     rollout = mdp(length=length, **options).rollout(
         policy, prompts, completions_per_prompt=each, seed=(seed,)
     )
-    out = measure(policy, rollout, micro_batch_size=micro_batch_size)
-    noise = torch.Generator().manual_seed(seed + 7)
-    out.advantages = torch.randn(len(out.actions), generator=noise, dtype=torch.float64).to(
-        out.old_logprobs
-    )
-    return out
+    return Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
+
+
+def advantages(batch):
+    """Return made-up, standardised advantages of every action of a batch, (S,)."""
+    noise = torch.Generator().manual_seed(7)
+    A = torch.randn(len(batch.actions), generator=noise, dtype=torch.float64)
+    return A.to(batch.old_logprobs)
+
+
+def objective(policy, batch, A=None, seed=(0,)):
+    """Return the objective of a batch with the advantages given, (N, T), or made-up ones."""
+    A = batch.rollout.padded(advantages(batch)) if A is None else A
+    return BatchObjective(policy, batch, A, identity, seed)
 
 
 def identity(t):
@@ -144,3 +155,39 @@ def own_logits(policy, rollout, rows=None):
         logits = policy.base(input_ids=ids, use_cache=False).logits[0]
         found.append(logits[start - 1 : start - 1 + int(rollout.lengths[i])])
     return torch.cat(found) / policy.temperature
+
+
+def mean_gradients(policy, batch, *, reference=True):
+    """grad L and grad R per completion."""
+    g, b = objective(policy, batch).gradients(reference=reference)
+    return g.sum(0) / len(batch.rollout), None if b is None else b.sum(0) / len(batch.rollout)
+
+
+def plain_ref_kl(log_ratio, kl, rollout):
+    """R = sum_t E[w_t KL_t] / E[w_t], w_t = prod_{t'<t} ratio_t', in loops.
+
+    A completion that has ended has KL 0 and keeps its weight.
+    """
+    rows = [rollout.token_index(torch.tensor([i])) for i in range(len(rollout))]
+    R = 0.0
+    for t in range(int(rollout.lengths.max())):
+        weights = [log_ratio[at[:t]].sum().exp() for at in rows]
+        paid = [w * kl[at[t]] for w, at in zip(weights, rows, strict=True) if t < len(at)]
+        R = R + sum(paid) / sum(weights)
+    return R
+
+
+def plain_quantities(policy, batch):
+    """L, D and R with graphs, from the model's own logits, row by row, in the plainest way.
+
+    The gradient of R has both parts, the change of each KL and the change of what is visited.
+    """
+    r = batch.rollout
+    with torch.no_grad(), policy.reference():
+        ref = own_logits(policy, r).log_softmax(-1)
+    new = own_logits(policy, r).log_softmax(-1)
+    logprob = token_logprobs(new, batch.actions)
+    log_ratio = logprob - logprob.detach()
+    L = (log_ratio.exp() * advantages(batch)).sum() / len(r)
+    D = categorical_kl(old=new.detach(), new=new).sum() / len(r)
+    return L, D, plain_ref_kl(log_ratio, categorical_kl(old=new, new=ref), r)

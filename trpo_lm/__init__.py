@@ -18,7 +18,7 @@ _HOME = {
     "RunFault": "errors",
     "TrainerConfig": "config",
     "TRPO": "algorithms.trpo",
-    "trust_region_step": "algorithms.trpo",
+    "trust_region_step": "core.natural_step",
     "PPO": "algorithms.ppo",
     "Policy": "lm.policy",
     "TokenMDP": "lm.mdp",

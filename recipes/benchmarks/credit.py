@@ -18,6 +18,7 @@ from pathlib import Path
 
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
+from trpo_lm.lm.rollout import Batch
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
 LAMBDAS = (0.0, 0.5, 0.8, 0.95, 1.0)
@@ -69,7 +70,7 @@ def _measure(a: Arguments, seed: int, tokenizer) -> dict:
     from trpo_lm.core.advantages import gae, leave_one_out, returns
     from trpo_lm.core.divergences import logprob_gradient
     from trpo_lm.lm.critic import PrefixCritic, ValueHead
-    from trpo_lm.lm.mdp import TokenMDP, end_token_ids, measure
+    from trpo_lm.lm.mdp import TokenMDP, end_token_ids
     from trpo_lm.lm.policy import Policy
     from trpo_lm.lm.prompts import load_prompts
     from trpo_lm.lm.rewards import Rewards
@@ -93,7 +94,7 @@ def _measure(a: Arguments, seed: int, tokenizer) -> dict:
         r = mdp.rollout(
             policy, chosen, completions_per_prompt=a.completions, columns=columns, seed=(seed, i)
         )
-        batch, mask = measure(policy, r, micro_batch_size=64), r.action_mask
+        batch, mask = Batch.from_rollout(policy, r, micro_batch_size=64), r.action_mask
         scores = mdp.prefix_scores(r) if rewards.can_score_prefixes else None
         targets = returns(r.rewards, mask, gamma=1.0)
         if i >= a.fit_batches:

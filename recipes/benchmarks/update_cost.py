@@ -34,10 +34,10 @@ from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.core.fisher import FisherOperator, hessian_operator, twice_differentiable
 from trpo_lm.core.parameters import ParameterVector
-from trpo_lm.lm.mdp import Rollout, all_features, measure
 from trpo_lm.lm.objective import fisher, gradients, measure_at
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import RewardBatch
+from trpo_lm.lm.rollout import Batch, Rollout, all_features
 from trpo_lm.seeds import generator
 
 HERE = Path(__file__).resolve().parent
@@ -99,7 +99,7 @@ def setting(size: str, model: str, completions: int, length: int, micro_batch_si
         ),
         score_seconds=0.0,
     )
-    batch = measure(policy, rollout, micro_batch_size=micro_batch_size)
+    batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
     batch.advantages = torch.randn(len(batch.actions), generator=noise)
     return policy, batch
 
@@ -133,7 +133,7 @@ def subset(policy, batch):
     names = ("groups", "input_ids", "attention_mask", "action_mask", "truncated", "rewards")
     fields = vars(r) | {name: getattr(r, name)[rows] for name in names}
     fields |= {"prompts": [""] * len(rows), "completions": [""] * len(rows)}
-    few = measure(policy, Rollout(**fields), micro_batch_size=batch.micro_batch_size)
+    few = Batch.from_rollout(policy, Rollout(**fields), micro_batch_size=batch.micro_batch_size)
     few.advantages = batch.advantages[r.token_index(rows)]
     return few
 

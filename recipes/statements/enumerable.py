@@ -17,14 +17,15 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trpo_lm.algorithms.trpo import Update, constrained_update
 from trpo_lm.config import TRPOSettings
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.core.fisher import FisherOperator, twice_differentiable
-from trpo_lm.lm.mdp import Batch, TokenMDP, measure
-from trpo_lm.lm.objective import Measurement, head_curvature
+from trpo_lm.core.natural_step import Measurement, StepLimits, Update, constrained_update
+from trpo_lm.lm.mdp import TokenMDP
+from trpo_lm.lm.objective import BatchObjective, head_curvature
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import Rewards
+from trpo_lm.lm.rollout import Batch
 
 
 def alone(x: Tensor) -> Tensor:
@@ -157,8 +158,8 @@ class Tree:
 
     # ---- the same through the package's batches
 
-    def batch(self, copies: Tensor) -> Batch:
-        """Return a batch in which completion y stands copies[y] times, with exact advantages."""
+    def objective(self, copies: Tensor) -> BatchObjective:
+        """Return that of a batch with copies[y] of each completion y, and exact advantages."""
         pick = torch.arange(len(copies)).repeat_interleave(copies)
         chosen = [self.completions[y] for y in pick]
         prompts = [self.prompts[i] for i, _ in chosen]
@@ -181,11 +182,10 @@ class Tree:
             rewards=rewards,
             scores=self.mdp.rewards(prompts, texts, [list(c) for _, c in chosen], {}),
         )
-        batch = measure(self.policy, rollout, micro_batch_size=64)
+        batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=64)
         with torch.no_grad():
-            A = self.advantages(self.table())
-        batch.advantages = A.flatten()[self.steps[pick][mask]]
-        return batch
+            A = self.advantages(self.table()).flatten()[self.steps[pick]] * mask
+        return BatchObjective(self.policy, batch, A, alone)
 
 
 def build(
@@ -275,9 +275,12 @@ def exact_update(tree: Tree, settings: TRPOSettings) -> tuple[float, Update]:
         return Measurement(float(tree.gain(d, new, A)), float(d @ kl), R, float(kl.max()))
 
     return float(tree.eta(old)), constrained_update(
-        theta, g, b, F, measure_here, settings, radius=settings.max_kl,
-        damping=settings.damping or 0.0, ref_kl=before,
-        budget=settings.max_ref_kl if budgeted else math.inf,
+        theta, g, b, F, measure_here,
+        StepLimits(
+            settings.max_kl, before, settings.max_ref_kl if budgeted else math.inf,
+            settings.damping or 0.0,
+        ),
+        settings,
     )  # fmt: skip
 
 
@@ -291,9 +294,9 @@ def exact_fisher(tree: Tree) -> FisherOperator:
         return FisherOperator(tree.policy.parameters, pieces)
 
 
-def whole_number_batch(tree: Tree) -> Batch:
-    """Return the batch that *is* the uniform policy: V^(T - length) copies of each completion."""
-    return tree.batch(tree.V ** (tree.mask.shape[1] - tree.lengths))
+def whole_number_objective(tree: Tree) -> BatchObjective:
+    """Return that of the batch that *is* the uniform policy: V^(T - length) copies of each."""
+    return tree.objective(tree.V ** (tree.mask.shape[1] - tree.lengths))
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from statements.enumerable import (
     many_policies,
     orders,
     relative,
-    whole_number_batch,
+    whole_number_objective,
 )
 from torch import Tensor
 
 from trpo_lm.core.advantages import gae
 from trpo_lm.core.divergences import categorical_kl
-from trpo_lm.lm.mdp import measure
-from trpo_lm.lm.objective import gradients, measure_at
+from trpo_lm.lm.objective import BatchObjective
+from trpo_lm.lm.rollout import Batch
 
 
 def statement_1(tree: Tree) -> list[Line]:
@@ -209,16 +209,17 @@ def statement_5(tree: Tree) -> list[Line]:
     tree.draw(6)
     theta, old = tree.policy.parameters, tree.table().detach()
     snapshot = theta.snapshot()
-    batch = tree.mdp.rollout(tree.policy, tree.prompts, completions_per_prompt=2048, seed=(5,))
-    sampled = measure(tree.policy, batch, micro_batch_size=4096)
+    rollout = tree.mdp.rollout(tree.policy, tree.prompts, completions_per_prompt=2048, seed=(5,))
+    batch = Batch.from_rollout(tree.policy, rollout, micro_batch_size=4096)
     index = {c: y for y, c in enumerate(tree.completions)}
-    rows = zip(batch.groups.tolist(), map(tuple, batch.completion_ids), strict=True)
+    rows = zip(rollout.groups.tolist(), map(tuple, rollout.completion_ids), strict=True)
     drawn = torch.tensor([index[row] for row in rows])
     y, A, d = tree.completion_logprobs(old).exp(), tree.advantages(old), tree.visits(old)
     counts = torch.bincount(drawn, minlength=len(y))
     chi = float(((counts - len(drawn) * y) ** 2 / (len(drawn) * y)).sum())
     freedom = len(y) - len(tree.prompts)
-    sampled.advantages = A.flatten()[tree.steps[drawn][tree.mask[drawn]]]
+    sampled_A = A.flatten()[tree.steps[drawn]] * tree.mask[drawn]
+    objective = BatchObjective(tree.policy, batch, sampled_A, alone)
 
     x = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     (new,) = at_steps(tree, x, [0.2])
@@ -227,9 +228,9 @@ def statement_5(tree: Tree) -> list[Line]:
     exact = float(tree.gain(d, new, A))
     sigma = float((y @ (each - exact) ** 2).sqrt())
     theta.assign(snapshot, x, 0.2)
-    estimate = measure_at(tree.policy, sampled, alone, len(drawn)).gain
+    estimate = objective.measure().gain
     theta.restore(snapshot)
-    # measure_at reports L(pi') - L(pi) on the batch: the same samples estimate both.
+    # `measure` reports L(pi') - L(pi) on the batch: the same samples estimate both.
     difference = ((new - old).expm1() * A).flatten()[tree.steps] * tree.mask
     spread = float((y @ (difference.sum(-1) - exact) ** 2).sqrt()) / math.sqrt(len(drawn))
     g = torch.Generator().manual_seed(0)
@@ -248,8 +249,8 @@ def statement_5(tree: Tree) -> list[Line]:
           for n, value in zip((64, 256, 1024), scaled, strict=True)),
         Line(f"TokenMDP.rollout, {len(drawn)} completions: (chi^2 - {freedom}) / sqrt(2 {freedom})",
              (chi - freedom) / math.sqrt(2 * freedom), -4, 4),
-        Line("measure_at on it: (gain - enumerated) / standard error", (estimate - exact) / spread,
-             -4, 4),
+        Line("objective.measure on it: (gain - enumerated) / standard error",
+             (estimate - exact) / spread, -4, 4),
         Line("|grad with Q - grad with A| / |grad|", relative(gradient_Q, gradient_A), most=1e-10),
     ]  # fmt: skip
 
@@ -280,9 +281,9 @@ def statement_10(tree: Tree) -> list[Line]:
     second = theta.gradient((weight[:, None] * log_pi * after).sum())
 
     exact = build(uniform=True)
-    batch, u = whole_number_batch(exact), exact.policy.parameters
-    N = len(batch.rollout)
-    g, b = (half.sum(0) / N for half in gradients(exact.policy, batch, alone, N, reference=True))
+    objective, u = whole_number_objective(exact), exact.policy.parameters
+    N = int(objective.N)
+    g, b = (half.sum(0) / N for half in objective.gradients(reference=True))
     pi_u = exact.table()
     g_exact = u.gradient(exact.eta(pi_u), retain=True)
     b_exact = u.gradient(exact.reference_kl(pi_u))
@@ -291,7 +292,7 @@ def statement_10(tree: Tree) -> list[Line]:
         d_u, A_u = exact.visits(old), exact.advantages(old)
         exact.draw(10)
         new = exact.table()
-        seen = measure_at(exact.policy, batch, alone, N)
+        seen = objective.measure()
     D_u = float(d_u @ categorical_kl(old=old, new=new))
     return [
         Line(f"per-state sum - KL of completions, largest of {whole.numel()} pairs",
@@ -306,10 +307,10 @@ def statement_10(tree: Tree) -> list[Line]:
              relative(g, g_exact), most=1e-10),
         Line("objective.gradients on it: relative error of b = grad R", relative(b, b_exact),
              most=1e-10),
-        Line("objective.measure_at on it: R(theta) - enumerated, far from theta_old",
+        Line("objective.measure on it: R(theta) - enumerated, far from theta_old",
              seen.ref_kl - float(exact.reference_kl(new)), -1e-12, 1e-12),
-        Line("objective.measure_at on it: D - enumerated", seen.kl - D_u, -1e-12, 1e-12),
-        Line("objective.measure_at on it: gain - enumerated",
+        Line("objective.measure on it: D - enumerated", seen.kl - D_u, -1e-12, 1e-12),
+        Line("objective.measure on it: gain - enumerated",
              seen.gain - float(exact.gain(d_u, new, A_u)), -1e-12, 1e-12),
     ]  # fmt: skip
 

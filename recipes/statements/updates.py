@@ -7,7 +7,6 @@ import torch
 from statements.enumerable import (
     Line,
     Tree,
-    alone,
     at_steps,
     build,
     exact_fisher,
@@ -15,18 +14,17 @@ from statements.enumerable import (
     largest,
     orders,
     relative,
-    whole_number_batch,
+    whole_number_objective,
 )
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
-from trpo_lm.algorithms.trpo import trust_region_step
 from trpo_lm.config import TRPOSettings
 from trpo_lm.core.conjugate_gradient import conjugate_gradient
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.core.fisher import hessian_operator, twice_differentiable
+from trpo_lm.core.natural_step import trust_region_step
 from trpo_lm.core.trust_region import plane_step
-from trpo_lm.lm.objective import fisher
 
 
 def statement_6(tree: Tree) -> list[Line]:
@@ -64,9 +62,9 @@ def statement_6(tree: Tree) -> list[Line]:
 
 def _multiset_fisher() -> float:
     tree = build(uniform=True)
-    batch = whole_number_batch(tree)
+    objective = whole_number_objective(tree)
     x = torch.randn(len(tree.policy.parameters), dtype=torch.float64)
-    F = fisher(tree.policy, batch, alone, len(batch.rollout))
+    F = objective.fisher(int(objective.N))
     return relative(F(x), exact_fisher(tree)(x))
 
 

@@ -9,13 +9,14 @@ import tiny
 import torch
 from safetensors.torch import load, save
 
+from trpo_lm.algorithms.algorithm import packed, unpacked
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.advantages import gae, group_normalised, leave_one_out
 from trpo_lm.core.divergences import token_logprobs
-from trpo_lm.lm.mdp import Rollout, measure
-from trpo_lm.lm.objective import gradients
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rewards import RewardBatch
+from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.seeds import generator
 
 DOUBLE = torch.float64
@@ -41,7 +42,7 @@ def plain_loss(policy, batch, rows, clip):
     at = r.token_index(rows)
     logits = tiny.own_logits(policy, r, rows.tolist())
     logprob = logits.log_softmax(-1).gather(-1, batch.actions[at, None])[:, 0]
-    ratio, A = (logprob - batch.old_logprobs[at]).exp(), batch.advantages[at]
+    ratio, A = (logprob - batch.old_logprobs[at]).exp(), tiny.advantages(batch)[at]
     if clip is None:
         return -(ratio * A).mean()
     return -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
@@ -59,7 +60,8 @@ def test_an_update_is_torchs_adam_on_the_parameters_themselves(clip, max_grad_no
     algorithm = PPO(
         learning_rate=0.02, epochs=3, minibatches=2, clip=clip, max_grad_norm=max_grad_norm
     )
-    algorithm.update(policy, batch, tiny.identity, algorithm.init_state(policy), (5, "update", 1))
+    objective = tiny.objective(policy, batch, seed=(5, "update", 1))
+    algorithm.update(objective, algorithm.init_state(policy.parameters))
 
     tensors = twin.parameters.tensors
     adam = torch.optim.Adam(tensors, lr=0.02)
@@ -83,9 +85,9 @@ def test_unclipped_ppo_has_reinforces_gradient():
     rows = torch.arange(len(batch.rollout))
     logits = tiny.own_logits(policy, batch.rollout)
     logprob = token_logprobs(logits.log_softmax(-1), batch.actions)
-    want = policy.parameters.gradient((logprob * batch.advantages).mean())
+    want = policy.parameters.gradient((logprob * tiny.advantages(batch)).mean())
     for clip in (None, 0.2):
-        got = PPO(**{**REINFORCE, "clip": clip})._gradient(policy, batch, tiny.identity, rows)
+        got = tiny.objective(policy, batch).clipped_gradient(rows, clip)
         assert relative(got, want) < 1e-6
 
 
@@ -93,9 +95,9 @@ def test_its_gradient_is_trpos_up_to_the_mean_length():
     """Per token here, per completion there: the same direction, so a comparison is fair."""
     policy, batch = start()
     N = float(len(batch.rollout))
-    g = gradients(policy, batch, tiny.identity, N, reference=False)[0].sum(0) / N
+    g = tiny.objective(policy, batch).gradients(reference=False)[0].sum(0) / N
     rows = torch.arange(len(batch.rollout))
-    got = PPO(**REINFORCE)._gradient(policy, batch, tiny.identity, rows)
+    got = tiny.objective(policy, batch).clipped_gradient(rows, clip=None)
     assert relative(got * len(batch.actions) / N, g) < 1e-6
 
 
@@ -104,11 +106,12 @@ def test_metrics_tell_the_exact_kl_of_the_update():
     with torch.no_grad():
         old = tiny.own_logits(policy, batch.rollout).log_softmax(-1)
     algorithm = PPO(learning_rate=0.02)
-    told = algorithm.update(policy, batch, tiny.identity, algorithm.init_state(policy))
+    state = algorithm.init_state(policy.parameters)
+    _, row = algorithm.update(tiny.objective(policy, batch), state)
     with torch.no_grad():
         new = tiny.own_logits(policy, batch.rollout).log_softmax(-1)
     kl = (old.exp() * (old - new)).sum() / len(batch.rollout)
-    assert told["trust_region/kl"] == pytest.approx(float(kl), rel=1e-6)
+    assert row["trust_region/kl"] == pytest.approx(float(kl), rel=1e-6)
     assert kl > 0
 
 
@@ -133,8 +136,8 @@ def test_grpo_has_trls_definition():
 def test_group_advantages_are_the_same_for_all_tokens_and_need_no_critic(name):
     _, batch = start(each=3)
     algorithm = PPO(advantage=name)
-    batch.values = torch.full_like(batch.values, torch.nan)
-    A = algorithm.advantages(batch, tiny.identity)
+    rewards = batch.rollout.rewards
+    A = algorithm.advantages(batch.rollout, rewards, rewards * torch.nan, tiny.identity)
     estimate = {"leave_one_out": leave_one_out, "group_normalised": group_normalised}[name]
     want = estimate(batch.rollout.scores.score, batch.rollout.groups)
     mask = batch.rollout.action_mask
@@ -147,10 +150,12 @@ def test_gae_advantages_are_those_of_trpo():
     """The comparison varies the update rule: with the same lambda both see the same credit."""
     _, batch = start()
     noise = torch.Generator().manual_seed(1)
-    batch.values = torch.rand(batch.values.shape, generator=noise, dtype=DOUBLE)
-    ppo = PPO(lam=0.7).advantages(batch, tiny.identity)
-    torch.testing.assert_close(ppo, TRPO(lam=0.7).advantages(batch, tiny.identity))
-    A = gae(batch.rewards, batch.values, batch.rollout.action_mask, gamma=1.0, lam=0.7)
+    rewards = batch.rollout.rewards
+    values = torch.rand(rewards.shape, generator=noise, dtype=DOUBLE)
+    ppo = PPO(lam=0.7).advantages(batch.rollout, rewards, values, tiny.identity)
+    trpo = TRPO(lam=0.7).advantages(batch.rollout, rewards, values, tiny.identity)
+    torch.testing.assert_close(ppo, trpo)
+    A = gae(rewards, values, batch.rollout.action_mask, gamma=1.0, lam=0.7)
     x = A[batch.rollout.action_mask]
     torch.testing.assert_close(
         ppo[batch.rollout.action_mask], (x - x.mean()) / x.std(correction=0), rtol=1e-9, atol=1e-9
@@ -158,13 +163,14 @@ def test_gae_advantages_are_those_of_trpo():
 
 
 def test_rows_that_abstained_get_no_credit_from_their_kl():
-    _, batch = start(each=3)
+    policy, batch = start(each=3)
     scores = batch.rollout.scores
     scores.valid[0], scores.score[0] = False, torch.nan
     for name in ("gae", "leave_one_out", "group_normalised"):
         algorithm = PPO(advantage=name, beta=0.5, lam=1.0)
-        batch.rewards = algorithm.rewards(batch, {"beta": 0.5})
-        A = algorithm.advantages(batch, tiny.identity)
+        rewards = algorithm.rewards(batch, algorithm.init_state(policy.parameters))
+        values = torch.zeros_like(rewards)
+        A = algorithm.advantages(batch.rollout, rewards, values, tiny.identity)
         assert A.isfinite().all() and (A[0] == 0).all() and (A[1] != 0).any()
 
 
@@ -192,7 +198,7 @@ def every_completion(policy):
         scores=RewardBatch(zeros, torch.ones(N, dtype=torch.bool), zeros, None, {}, {}),
         score_seconds=0.0,
     )
-    batch = measure(policy, rollout, micro_batch_size=64)
+    batch = Batch.from_rollout(policy, rollout, micro_batch_size=64)
     return batch, rollout.padded(batch.old_logprobs).sum(-1).exp()
 
 
@@ -201,19 +207,20 @@ def test_the_price_of_the_kl_has_the_exact_kl_as_its_expectation():
     batch, probability = every_completion(policy)
     assert float(probability.sum()) == pytest.approx(1, abs=1e-9)
     exact = probability @ batch.rollout.padded(batch.ref_kl).sum(-1)  # chain rule, per state
-    price = -PPO().rewards(batch, {"beta": 0.3}).sum(-1)
+    state = PPO(beta=0.3).init_state(policy.parameters)
+    price = -PPO().rewards(batch, state).sum(-1)
     assert float(probability @ price) == pytest.approx(0.3 * float(exact), rel=1e-9)
     assert exact > 0.1
-    assert PPO().rewards(batch, {"beta": 0.0}) is batch.rollout.rewards
+    assert PPO().rewards(batch, replace(state, beta=0.0)) is batch.rollout.rewards
 
 
 @pytest.mark.parametrize(("target", "direction"), [(1e-4, 1.02), (1e3, 0.98), (None, 1.0)])
 def test_beta_moves_towards_its_target(target, direction):
     policy, batch = start()
     algorithm = PPO(beta=0.2, target_ref_kl=target)
-    state = algorithm.init_state(policy)
-    told = algorithm.update(policy, batch, tiny.identity, state)
-    assert state["beta"] == told["ppo/beta"] == pytest.approx(0.2 * direction)
+    state = algorithm.init_state(policy.parameters)
+    state, row = algorithm.update(tiny.objective(policy, batch), state)
+    assert state.beta == row["ppo/beta"] == pytest.approx(0.2 * direction)
 
 
 # ---- state and ranks ----
@@ -225,13 +232,13 @@ def test_state_survives_a_round_trip_through_files():
 
     def run(*, through_files):
         policy, batch = start()
-        state = algorithm.init_state(policy)
+        state = algorithm.init_state(policy.parameters)
         for update in (1, 2):
-            algorithm.update(policy, batch, tiny.identity, state, (0, update))
+            state, _ = algorithm.update(tiny.objective(policy, batch, seed=(0, update)), state)
             if through_files:
-                tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
-                plain = {k: v for k, v in state.items() if k not in tensors}
-                state = json.loads(json.dumps(plain)) | load(save(tensors))
+                numbers, tensors = unpacked(state)
+                fresh = algorithm.init_state(policy.parameters)
+                state = packed(fresh, json.loads(json.dumps(numbers)), load(save(tensors)))
         return policy.parameters.checksum()
 
     assert run(through_files=True) == run(through_files=False)
@@ -251,9 +258,8 @@ def part_of(policy, batch, rows):
         truncated=r.truncated[rows],
         rewards=r.rewards[rows],
     )
-    out = measure(policy, chosen, micro_batch_size=3)
-    out.advantages = batch.advantages[r.token_index(rows)]
-    return out
+    A = r.padded(tiny.advantages(batch))[rows]
+    return Batch.from_rollout(policy, chosen, micro_batch_size=3), A
 
 
 def test_two_ranks_are_one_process():
@@ -264,7 +270,7 @@ def test_two_ranks_are_one_process():
     rows = torch.arange(len(batch.rollout))
     ranks = [start(each=3)[0] for _ in range(2)]
     parts = [part_of(ranks[0], batch, rows[:5]), part_of(ranks[1], batch, rows[5:])]
-    barrier, slots, told = threading.Barrier(2, timeout=60), [None, None], [{}, {}]
+    barrier, slots, rows_of = threading.Barrier(2, timeout=60), [None, None], [{}, {}]
 
     def work(rank):
         def reduce(tensor):
@@ -274,17 +280,19 @@ def test_two_ranks_are_one_process():
             barrier.wait()
             return total
 
-        state = algorithm.init_state(ranks[rank])
-        told[rank] = algorithm.update(ranks[rank], parts[rank], reduce, state, (0, rank))
+        objective = BatchObjective(ranks[rank], *parts[rank], reduce, (0, rank))
+        state = algorithm.init_state(ranks[rank].parameters)
+        _, rows_of[rank] = algorithm.update(objective, state)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    alone = algorithm.update(policy, batch, tiny.identity, algorithm.init_state(policy), (0, 0))
+    objective = tiny.objective(policy, batch, seed=(0, 0))
+    _, alone = algorithm.update(objective, algorithm.init_state(policy.parameters))
     before = flat(start(each=3)[0])
     assert ranks[0].parameters.checksum() == ranks[1].parameters.checksum()
     assert relative(flat(ranks[0]) - before, flat(policy) - before) < 1e-6
     for name in alone.keys() - {"trust_region/kl_max"}:  # the largest state of a rank's own
-        assert told[0][name] == told[1][name] == pytest.approx(alone[name], rel=1e-6)
+        assert rows_of[0][name] == rows_of[1][name] == pytest.approx(alone[name], rel=1e-6)

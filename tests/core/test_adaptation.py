@@ -1,6 +1,7 @@
-"""What a run learns about its own noise, and steers by."""
+"""Trackers of noise, of R and of the radius, on made-up measurements."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,79 +11,86 @@ from trpo_lm.core.adaptation import (
     KL_MARGIN,
     LEAST_DAMPING,
     MOST_DAMPING,
+    Noise,
+    RadiusRatio,
+    ReferenceFilter,
+    RunningNoise,
     budget_on_batch,
     learn_radius,
+    noise,
     radius_inside,
     wiener_damping,
 )
 
 
 def test_the_tracked_reference_kl_averages_what_does_not_move():
-    kept, rng, errors = {}, torch.Generator().manual_seed(0), []
+    past, rng, errors = ReferenceFilter(), torch.Generator().manual_seed(0), []
     for i in range(300):
         k = 0.4 + 0.0125 * float(torch.randn((), generator=rng))
-        budget = budget_on_batch(kept, k=k, error=0.0125, budget=1.0)
-        assert budget - k <= 1.0 - kept["estimate"]  # a step that uses it up ends inside
+        past, budget = budget_on_batch(past, k=k, error=0.0125, budget=1.0)
+        assert budget - k <= 1.0 - past.estimate  # a step that uses it up ends inside
         if i > 50:
-            errors.append((k - 0.4, kept["estimate"] - 0.4))
+            errors.append((k - 0.4, past.estimate - 0.4))
     raw, tracked = torch.tensor(errors).square().mean(0).sqrt().tolist()
     assert tracked < raw
 
 
 def test_the_tracked_reference_kl_learns_what_the_predictions_miss():
     """Each update predicts +0.010 on its own batch, and the next rollout shows +0.015."""
-    kept, truth = {}, 0.2
+    past, truth = ReferenceFilter(), 0.2
     for _ in range(60):
-        budget = budget_on_batch(kept, k=truth, error=0.01, budget=10.0)
-        kept["expected"] += 0.010
-        kept["fitted"] = 1.0
+        past, budget = budget_on_batch(past, k=truth, error=0.01, budget=10.0)
+        past = past.after(0.010, fitted=True)
         k, truth = truth, truth + 0.015
-    assert kept["drift"] == pytest.approx(0.005, rel=1e-3)
-    assert kept["estimate"] == pytest.approx(k)
-    assert kept["expected"] + kept["drift"] == pytest.approx(truth)
+    assert past.drift == pytest.approx(0.005, rel=1e-3)
+    assert past.estimate == pytest.approx(k)
+    assert past.expected + past.drift == pytest.approx(truth)
     assert budget == pytest.approx(10.0 - 0.005 - 0.01 / math.sqrt(2), rel=1e-6)
-    assert budget_on_batch({}, k=0.3, error=0.1, budget=math.inf) == math.inf
+    assert budget_on_batch(ReferenceFilter(), k=0.3, error=0.1, budget=math.inf)[1] == math.inf
 
 
 def test_a_batch_that_shows_too_little_is_believed_less_than_one_that_shows_too_much():
-    known = {"expected": 0.5, "drift": 0.0}
-    assert budget_on_batch(dict(known), k=0.4, error=0.0, budget=1.0) == pytest.approx(1.0 - 0.05)
-    assert budget_on_batch(dict(known), k=0.6, error=0.0, budget=1.0) == 1.0
+    past = ReferenceFilter(expected=0.5, drift=0.0)
+    assert budget_on_batch(past, k=0.4, error=0.0, budget=1.0)[1] == pytest.approx(1.0 - 0.05)
+    assert budget_on_batch(past, k=0.6, error=0.0, budget=1.0)[1] == 1.0
 
 
 def test_steps_that_ignore_the_reference_teach_nothing_of_the_drift():
-    kept = {}
+    past = ReferenceFilter()
     for k in (0.1, 0.4, 0.5):
-        budget_on_batch(kept, k=k, error=0.0125, budget=1.0)
-        kept["fitted"] = 0.0
-    assert kept["drift"] == FIRST_DRIFT
-    kept["fitted"] = 1.0
-    budget_on_batch(kept, k=kept["expected"] + FIRST_DRIFT + 0.1, error=0.0, budget=1.0)
-    assert kept["drift"] == pytest.approx(FIRST_DRIFT + 0.03)
+        past, _ = budget_on_batch(past, k=k, error=0.0125, budget=1.0)
+    assert past.drift == FIRST_DRIFT and past.fitted == 0.0
+    k = past.expected + FIRST_DRIFT + 0.1
+    past, _ = budget_on_batch(replace(past, fitted=1.0), k=k, error=0.0, budget=1.0)
+    assert past.drift == pytest.approx(FIRST_DRIFT + 0.03)
 
 
 @pytest.mark.parametrize("optimism", [0.0, 0.5, 0.9])
 def test_the_budget_holds_although_every_prediction_is_optimistic(optimism):
     """A plant that moves by more than predicted settles at the budget, not above it."""
-    kept, truth, last = {}, 0.0, []
+    past, truth, last = ReferenceFilter(), 0.0, []
     for i in range(200):
-        room = budget_on_batch(kept, k=truth, error=0.0, budget=1.0) - truth
-        step = max(min(room, 0.1), -0.1)
-        kept["expected"] += step
-        kept["fitted"] = 1.0
+        past, budget = budget_on_batch(past, k=truth, error=0.0, budget=1.0)
+        step = max(min(budget - truth, 0.1), -0.1)
+        past = past.after(step, fitted=True)
         truth += step + optimism * 0.1  # what the batch did not show
         if i > 100:
             last.append(truth)
     assert max(last) <= 1.01 and min(last) >= 0.9
 
 
+def seen(signal, variance):
+    return Noise(signal=signal, variance=variance, cosine=math.nan)
+
+
 def test_damping_is_the_noise_scale_in_batches_within_limits():
-    N, kept = 64.0, {}
-    assert wiener_damping(kept, signal=2.0, variance=64.0, N=N) == pytest.approx(0.5)
-    second = wiener_damping(kept, signal=-1.0, variance=32.0, N=N)  # running means of both
+    N, nothing = 64.0, RunningNoise()
+    past, first = wiener_damping(nothing, seen(2.0, 64.0), N)
+    assert first == pytest.approx(0.5)
+    _, second = wiener_damping(past, seen(-1.0, 32.0), N)  # running means of both
     assert second == pytest.approx((0.9 * 64 + 32) / (64 * (0.9 * 2 - 1)))
-    assert wiener_damping({}, signal=-1.0, variance=64.0, N=N) == MOST_DAMPING
-    assert wiener_damping({}, signal=1e9, variance=1.0, N=N) == LEAST_DAMPING
+    assert wiener_damping(nothing, seen(-1.0, 64.0), N)[1] == MOST_DAMPING
+    assert wiener_damping(nothing, seen(1e9, 1.0), N)[1] == LEAST_DAMPING
 
 
 def test_the_wiener_filter_is_the_best_of_all_dampings():
@@ -90,23 +98,45 @@ def test_the_wiener_filter_is_the_best_of_all_dampings():
     rng, tau, N = torch.Generator().manual_seed(1), 0.3, 8.0
     f = torch.logspace(-2, 1, 40, dtype=torch.float64)
     theta = tau * torch.randn(4000, 40, generator=rng, dtype=torch.float64)
-    noise = torch.randn(4000, 40, generator=rng, dtype=torch.float64) * (f / N).sqrt()
+    errors = torch.randn(4000, 40, generator=rng, dtype=torch.float64) * (f / N).sqrt()
     signal, variance = tau**2 * f.square().sum(), f.sum()
     rayleigh = f.square().sum() / f.sum()
-    shift = wiener_damping({}, signal=float(signal), variance=float(variance), N=N) * rayleigh
+    shift = wiener_damping(RunningNoise(), seen(float(signal), float(variance)), N)[1] * rayleigh
 
     def error(damping):
-        return float(((theta * f + noise) / (f + damping) - theta).square().sum())
+        return float(((theta * f + errors) / (f + damping) - theta).square().sum())
 
     assert all(error(shift) <= error(shift * factor) for factor in (0.3, 0.7, 1.5, 3.0))
 
 
 def test_the_radius_learns_how_far_exact_kls_exceed_predictions():
-    kept = {}
-    assert radius_inside(kept, 0.1) == pytest.approx(0.1 / KL_MARGIN)
+    past = RadiusRatio()
+    assert radius_inside(past, 0.1) == pytest.approx(0.1 / KL_MARGIN)
     for _ in range(30):
-        learn_radius(kept, kl=0.12, predicted=0.1)
-    assert radius_inside(kept, 0.1) == pytest.approx(0.1 / (1.2 * KL_MARGIN))
+        past = learn_radius(past, kl=0.12, predicted=0.1)
+    assert radius_inside(past, 0.1) == pytest.approx(0.1 / (1.2 * KL_MARGIN))
     for _ in range(30):
-        learn_radius(kept, kl=0.05, predicted=0.1)
-    assert radius_inside(kept, 0.1) == 0.1  # never beyond max_kl
+        past = learn_radius(past, kl=0.05, predicted=0.1)
+    assert radius_inside(past, 0.1) == 0.1  # never beyond max_kl
+    assert learn_radius(past, kl=0.05, predicted=0.0) == past
+
+
+def test_noise_scale_of_a_known_mixture():
+    """Gradients mu + sigma z: variance of one is sigma^2 M, and the halves' product shows mu."""
+    N, M, sigma = 4096, 400, 2.0
+    generator = torch.Generator().manual_seed(0)
+    each = 0.5 + sigma * torch.randn(N, M, generator=generator, dtype=torch.float64)
+    found = noise(torch.stack([each[::2].sum(0), each[1::2].sum(0)]), N)
+    assert found.signal == pytest.approx(0.25 * M, rel=0.05)
+    assert found.variance == pytest.approx(sigma**2 * M, rel=0.2)
+    assert found.scale == pytest.approx(sigma**2 / 0.25, rel=0.2)
+    assert found.cosine == pytest.approx(0.25 / (0.25 + 2 * sigma**2 / N), rel=0.05)
+
+
+def test_the_signal_of_halves_that_share_nothing_is_none():
+    """The square of the mean gradient would count its noise as signal."""
+    seen = noise(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), N=2.0)
+    assert (seen.signal, seen.cosine, seen.scale) == (0.0, 0.0, math.inf)
+    assert seen.variance == pytest.approx((9 + 16) * 2 / 4)
+    against = noise(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), N=2.0)
+    assert against.signal == -1.0 and against.cosine == -1.0 and against.scale == math.inf

@@ -1,6 +1,7 @@
 """Fisher products against a dense Fisher built from Jacobians, in float64."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from trpo_lm.core.fisher import (
 )
 from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.lm.objective import fisher, head_curvature
+from trpo_lm.lm.objective import head_curvature
 
 WIDE = 10**6  # completions in the Fisher: all
 EXACT = 1e-6  # Llama's norm and rotary angles are float32 in a float64 model; N01 asks for 1e-4
@@ -56,13 +57,13 @@ def case(request):
 def test_N01_products_equal_the_dense_jacobian_fisher(case):
     policy, batch, F = case
     assert torch.linalg.matrix_rank(F) > 5
-    product = tiny.dense(fisher(policy, batch, tiny.identity, WIDE), policy.parameters.size)
+    product = tiny.dense(tiny.objective(policy, batch).fisher(WIDE), policy.parameters.size)
     assert relative(product, F) < EXACT
 
 
 def test_N01_products_are_linear_symmetric_and_positive_semidefinite(case):
     policy, batch, F = case
-    operator = fisher(policy, batch, tiny.identity, WIDE)
+    operator = tiny.objective(policy, batch).fisher(WIDE)
     x, y = torch.randn(2, policy.parameters.size, dtype=torch.float64)
     assert relative(operator(2 * x - 3 * y), 2 * operator(x) - 3 * operator(y)) < EXACT
     assert float(x @ operator(y)) == pytest.approx(float(y @ operator(x)), rel=EXACT)
@@ -86,8 +87,8 @@ def test_products_do_not_depend_on_the_micro_batch_size(case):
     policy, batch, F = case
     v = torch.randn(policy.parameters.size, dtype=torch.float64)
     for size in (1, 2, 64):
-        batch.micro_batch_size = size
-        assert relative(fisher(policy, batch, tiny.identity, WIDE)(v), F @ v) < EXACT
+        batch = replace(batch, micro_batch_size=size)
+        assert relative(tiny.objective(policy, batch).fisher(WIDE)(v), F @ v) < EXACT
 
 
 @pytest.mark.parametrize("chunk", [1, tiny.V * 2, tiny.V * 3 + 1])
@@ -96,8 +97,8 @@ def test_products_do_not_depend_on_the_chunks_of_the_head(case, monkeypatch, chu
     v = torch.randn(policy.parameters.size, dtype=torch.float64)
     monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_STATES", 1)
     monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_ELEMENTS", chunk)
-    batch.micro_batch_size = 64
-    assert relative(fisher(policy, batch, tiny.identity, WIDE)(v), F @ v) < EXACT
+    batch = replace(batch, micro_batch_size=64)
+    assert relative(tiny.objective(policy, batch).fisher(WIDE)(v), F @ v) < EXACT
 
 
 def test_the_curvature_of_many_chunks_is_computed_anew_and_never_held(monkeypatch):
@@ -132,7 +133,7 @@ def test_softmax_curvature_is_the_covariance_of_the_tokens():
 def test_N03_at_initialisation_the_block_of_lora_a_is_exactly_zero():
     policy = tiny.policy()  # float32, B = 0
     batch = tiny.batch(policy)
-    F = fisher(policy, batch, tiny.identity, WIDE)
+    F = tiny.objective(policy, batch).fisher(WIDE)
     names = [n for n, p in policy.model.named_parameters() if p.requires_grad]
     ones = policy.parameters.unflatten(F(torch.ones(policy.parameters.size)))
     for name, part in zip(names, ones, strict=True):
@@ -143,7 +144,7 @@ def test_a_subset_of_whole_completions_is_their_own_mean():
     policy = tiny.policy(dtype=torch.float64, spread=0.3)
     batch = tiny.batch(policy, each=1)
     v = torch.randn(policy.parameters.size, dtype=torch.float64)
-    part = fisher(policy, batch, tiny.identity, 2)(v)  # rows 0 and 3
+    part = tiny.objective(policy, batch).fisher(2)(v)  # rows 0 and 3
     rows = torch.tensor([0, 3])
     with twice_differentiable():
         features = policy.features(*batch.rollout.model_inputs(rows))
@@ -164,7 +165,7 @@ def test_ranks_sum_and_divide_once():
         return FisherOperator(policy.parameters, pieces, count=4)(v)
 
     torch.testing.assert_close(
-        half([0]) + half([1, 2, 3]), fisher(policy, batch, tiny.identity, 4)(v)
+        half([0]) + half([1, 2, 3]), tiny.objective(policy, batch).fisher(4)(v)
     )
 
 
@@ -187,7 +188,7 @@ def test_N08_the_default_attention_has_no_second_derivative_and_the_switch_mends
     pieces = [(fast, lambda z: z)]
     with pytest.raises(RuntimeError, match="derivative"):
         FisherOperator(policy.parameters, pieces)(torch.ones(policy.parameters.size))
-    product = fisher(policy, batch, tiny.identity, WIDE)(torch.ones(policy.parameters.size))
+    product = tiny.objective(policy, batch).fisher(WIDE)(torch.ones(policy.parameters.size))
     assert torch.isfinite(product).all()
 
 
@@ -239,8 +240,8 @@ def test_kernels_without_second_derivative_get_their_products_as_finite_differen
     assert plain.lacks_second_derivative is None
     assert [r.getMessage().count("finite differences") for r in caplog.records] == [1]
     batch, same = tiny.batch(plain), tiny.batch(policy)
-    exact = fisher(plain, batch, tiny.identity, WIDE)
-    near = fisher(policy, same, tiny.identity, WIDE)
+    exact = tiny.objective(plain, batch).fisher(WIDE)
+    near = tiny.objective(policy, same).fisher(WIDE)
     assert isinstance(exact, FisherOperator) and isinstance(near, FiniteDifference)
     before = policy.parameters.checksum()
     for seed, length in ((0, 1.0), (1, 1e-4), (2, 1e3)):
@@ -257,7 +258,7 @@ def test_a_direction_without_curvature_has_a_finite_product_of_zero():
     theta = policy.parameters
     for p in theta.tensors[1::2]:
         p.data.zero_()  # LoRA's B
-    F = fisher(policy, tiny.batch(policy), tiny.identity, WIDE)
+    F = tiny.objective(policy, tiny.batch(policy)).fisher(WIDE)
     null = theta.flatten([torch.ones_like(p) * (i % 2 == 0) for i, p in enumerate(theta.tensors)])
     assert torch.equal(F(null), torch.zeros_like(null))
     assert torch.isfinite(F(torch.ones_like(null))).all()
@@ -267,7 +268,7 @@ def test_finite_differences_are_refused_in_half_precision():
     policy = tiny.policy(model=tiny.build(dtype=torch.bfloat16))
     policy.lacks_second_derivative = "as a kernel says that has none"
     with pytest.raises(TrpoLMError, match="half-precision") as error:
-        fisher(policy, tiny.batch(policy), tiny.identity, WIDE)
+        tiny.objective(policy, tiny.batch(policy)).fisher(WIDE)
     assert "bf16=False" in str(error.value)
 
 

@@ -11,7 +11,6 @@ import trpo_lm.lm.policy
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.fisher import hessian_operator, twice_differentiable
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.lm.objective import fisher, gradients, measure_at
 from trpo_lm.lm.policy import Policy, linear_module_names, load_model
 
 WIDE = 10**6
@@ -24,7 +23,9 @@ def relative(a, b):
 
 def update(policy, batch, **settings):
     algorithm = TRPO(**settings)
-    return algorithm.update(policy, batch, tiny.identity, algorithm.init_state(policy))
+    return algorithm.update(tiny.objective(policy, batch), algorithm.init_state(policy.parameters))[
+        1
+    ]
 
 
 def inputs(batch):
@@ -250,13 +251,13 @@ def test_N10_where_the_head_is_not_a_frozen_layer_logits_are_the_features(case):
     with twice_differentiable():
         new = tiny.own_logits(policy, batch.rollout).log_softmax(-1)
     logprob = new.gather(-1, batch.actions[:, None])[:, 0]
-    expected = theta.gradient((logprob * batch.advantages).sum() / N, retain=True)
-    g, b = (x.sum(0) / N for x in gradients(policy, batch, tiny.identity, N, reference=True))
+    expected = theta.gradient((logprob * tiny.advantages(batch)).sum() / N, retain=True)
+    g, b = (x.sum(0) / N for x in tiny.objective(policy, batch).gradients(reference=True))
     assert relative(g, expected) < 1e-4 and float(b.norm()) > 0
     old = new.detach()
     D = (old.exp() * (old - new)).sum() / N
     H = hessian_operator(theta, D)
-    F = fisher(policy, batch, tiny.identity, WIDE)
+    F = tiny.objective(policy, batch).fisher(WIDE)
     v = torch.randn(theta.size)
     assert relative(F(v), H(v)) < 1e-4
     ref_kl = (old.exp() * (old - ref)).sum(-1)
@@ -271,7 +272,7 @@ def test_every_family_takes_a_step(kind):
     batch = tiny.batch(policy, each=6, micro_batch_size=64)
     row = update(policy, batch, max_kl=0.01)
     assert row["line_search/accepted"]
-    assert 0 < measure_at(policy, batch, tiny.identity, float(len(batch.rollout))).kl <= 0.01
+    assert 0 < tiny.objective(policy, batch).measure().kl <= 0.01
 
 
 # ---- faults and options ----
@@ -315,19 +316,18 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number(kind, asked):
     passes = []
     layer = next(m for m in policy.base.modules() if type(m).__name__.endswith("MLP"))
     layer.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    N = float(len(batch.rollout))
-    one = gradients(plain, batch, tiny.identity, N, reference=True)
-    two = gradients(policy, same, tiny.identity, N, reference=True)
+    one = tiny.objective(plain, batch).gradients(reference=True)
+    two = tiny.objective(policy, same).gradients(reference=True)
     groups = same.rollout.groups % 2
     parts = sum(len(list(same.micro_batches((groups == h).nonzero()[:, 0]))) for h in range(2))
     assert len(passes) > parts, "activations were kept, not recomputed"
     torch.testing.assert_close(one[0], two[0])
     torch.testing.assert_close(one[1], two[1])
     passes.clear()
-    F = fisher(policy, same, tiny.identity, WIDE)
+    F = tiny.objective(policy, same).fisher(WIDE)
     built = len(passes)
     v = torch.ones(policy.parameters.size)
-    torch.testing.assert_close(F(v), fisher(plain, batch, tiny.identity, WIDE)(v))
+    torch.testing.assert_close(F(v), tiny.objective(plain, batch).fisher(WIDE)(v))
     assert len(passes) == built == len(list(same.micro_batches()))
     row = update(policy, same, max_kl=0.01)
     assert row["line_search/accepted"]
@@ -343,7 +343,7 @@ def test_K06_a_bfloat16_base_with_float32_adapters_takes_a_step(kind):
     assert bool((batch.ref_kl >= 0).all()) and float(batch.ref_kl.max()) <= 1e-7
     row = update(policy, batch, max_kl=0.05)
     assert row["line_search/accepted"] and 0 < row["trust_region/kl"] <= 0.05
-    moved = measure_at(policy, batch, tiny.identity, float(len(batch.rollout)))
+    moved = tiny.objective(policy, batch).measure()
     assert 0 <= moved.kl <= 0.05 * (1 + 1e-3)
 
 
@@ -355,5 +355,5 @@ def test_products_in_bfloat16_are_near_those_in_float32():
         if not found:
             batch = tiny.batch(policy, each=4)
             v = torch.randn(policy.parameters.size)
-        found.append(fisher(policy, batch, tiny.identity, WIDE)(v))
+        found.append(tiny.objective(policy, batch).fisher(WIDE)(v))
     assert relative(found[1], found[0]) < 0.03

@@ -23,7 +23,8 @@ from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.advantages import returns
 from trpo_lm.lm.critic import PrefixCritic, ValueHead
-from trpo_lm.lm.mdp import measure
+from trpo_lm.lm.objective import BatchObjective
+from trpo_lm.lm.rollout import Batch
 from trpo_lm.training.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
@@ -80,7 +81,7 @@ def updates_of(algorithm, prefix, dtype):
     """Make two updates on this rank's part of the same completions; return all that came of it."""
     ranks = Ranks()
     policy = tiny.policy(spread=0.3, dtype=dtype)
-    state = algorithm.init_state(policy)
+    state = algorithm.init_state(policy.parameters)
     critic = PrefixCritic(5) if prefix else ValueHead(8)
     mdp = tiny.mdp(lambda completions: [None if c == "w5" else len(c) for c in completions])
     told = []
@@ -88,14 +89,15 @@ def updates_of(algorithm, prefix, dtype):
         rollout = mdp.rollout(policy, runs.PROMPTS, completions_per_prompt=2, seed=("D01", update))
         if ranks.count > 1:
             rollout = share(rollout, list(PARTS[ranks.rank]))
-        batch = measure(policy, rollout, micro_batch_size=3)
+        batch = Batch.from_rollout(policy, rollout, micro_batch_size=3)
         mask, valid = rollout.action_mask, rollout.scores.valid
-        batch.rewards = algorithm.rewards(batch, state)
-        targets = returns(batch.rewards, mask, gamma=1.0)
+        rewards = algorithm.rewards(batch, state)
+        targets = returns(rewards, mask, gamma=1.0)
         scores = rollout.input_ids[:, -mask.shape[1] :].double() * mask / 13
-        batch.values = critic.values(batch.hidden, scores, mask, untrained=0.5)
-        batch.advantages = algorithm.advantages(batch, ranks.reduce)[mask].to(batch.old_logprobs)
-        row = algorithm.update(policy, batch, ranks.reduce, state, ("D01", update))
+        values = critic.values(batch.hidden, scores, mask, untrained=0.5)
+        A = algorithm.advantages(rollout, rewards, values, ranks.reduce)
+        objective = BatchObjective(policy, batch, A, ranks.reduce, ("D01", update))
+        state, row = algorithm.update(objective, state)
         critic.fit(batch.hidden, scores, mask, targets, valid, ranks.reduce)
         told.append([row["trust_region/kl"], row["trust_region/ref_kl_after"]])
         told[-1] += [row.get("line_search/trials"), row.get("line_search/accepted")]

@@ -22,124 +22,104 @@ arXiv:1909.08593, section 2.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trpo_lm.algorithms.algorithm import Distances
 from trpo_lm.config import PPOSettings
 from trpo_lm.core.advantages import gae, group_normalised, leave_one_out, whiten
-from trpo_lm.core.divergences import logprob_gradient, token_logprobs
-from trpo_lm.lm.mdp import Batch
-from trpo_lm.lm.objective import Reduce, measure_at
-from trpo_lm.lm.policy import Policy
+from trpo_lm.core.parameters import ParameterVector
+from trpo_lm.lm.critic import Reduce
+from trpo_lm.lm.objective import BatchObjective
+from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.seeds import generator
+
+
+@dataclass(frozen=True)
+class PPOState:
+    """Adam's moments, (M,) each, its step count, and the present price of the KL."""
+
+    step: float
+    beta: float
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 @dataclass(frozen=True)
 class PPO(PPOSettings):
     """Proximal policy optimisation of a language model, the baseline to compare with."""
 
+    distances = Distances()
+
     @property
     def needs_critic(self) -> bool:
-        """Whether advantages look at values."""
+        """Whether advantages depend on values."""
         return self.advantage == "gae"
 
-    def with_lam(self, lam: float) -> PPO:
-        """Return these settings with the critic's lambda where none was chosen."""
-        return self if self.lam is not None else replace(self, lam=lam)
-
-    def init_state(self, policy: Policy) -> dict[str, Any]:
-        """Return Adam's moments, (M,) each, its step count, and the present price of the KL."""
-        theta = policy.parameters
+    def init_state(self, theta: ParameterVector) -> PPOState:
+        """Return the state before the first update."""
         zeros = theta.flatten([None] * len(theta.tensors))
-        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": 0.0, "beta": self.beta}
+        return PPOState(step=0.0, beta=self.beta, exp_avg=zeros, exp_avg_sq=zeros)
 
-    def rewards(self, batch: Batch, state: dict[str, Any]) -> Tensor:
-        """Return the MDP's rewards less the price of the reference KL, (N, T)."""
+    def rewards(self, batch: Batch, state: PPOState) -> Tensor:
+        """Return the MDP's rewards minus the price of the reference KL, (N, T)."""
         rewards = batch.rollout.rewards
-        if state["beta"] == 0.0:
+        if state.beta == 0.0:
             return rewards
         log_ratio = (batch.old_logprobs - batch.ref_logprobs).double().cpu()
-        return rewards - state["beta"] * batch.rollout.padded(log_ratio)
+        return rewards - state.beta * batch.rollout.padded(log_ratio)
 
-    def advantages(self, batch: Batch, reduce: Reduce) -> Tensor:
+    def advantages(
+        self, rollout: Rollout, rewards: Tensor, values: Tensor, reduce: Reduce
+    ) -> Tensor:
         """Return A_t, (N, T), by the chosen estimator; GAE is whitened."""
-        r = batch.rollout
-        mask = r.action_mask
+        mask, valid = rollout.action_mask, rollout.scores.valid
         if self.advantage == "gae":
-            A = gae(batch.rewards, batch.values, mask, gamma=self.gamma, lam=self.lam or 0.0)
-            return whiten(A, mask & r.scores.valid[:, None], reduce)
-        scores = batch.rewards.sum(-1).masked_fill(~r.scores.valid, torch.nan)
+            A = gae(rewards, values, mask, gamma=self.gamma, lam=self.lam or 0.0)
+            return whiten(A, mask & valid[:, None], reduce)
+        scores = rewards.sum(-1).masked_fill(~valid, torch.nan)
         estimate = leave_one_out if self.advantage == "leave_one_out" else group_normalised
-        return estimate(scores, r.groups)[:, None] * mask
+        return estimate(scores, rollout.groups)[:, None] * mask
 
-    def update(
-        self,
-        policy: Policy,
-        batch: Batch,
-        reduce: Reduce,
-        state: dict[str, Any],
-        seed: tuple[int | str, ...] = (0,),
-    ) -> dict[str, Any]:
-        """Make `epochs` x `minibatches` Adam steps and return the metrics.
+    def update(self, objective: BatchObjective, state: PPOState) -> tuple[PPOState, dict[str, Any]]:
+        """Make `epochs` x `minibatches` Adam steps; return the successor of the state, and metrics.
 
         Args:
-            policy: At theta_old; moved.
-            batch: Completions sampled from it, with advantages.
-            reduce: Sums a tensor over ranks.
-            state: From `init_state`; changed in place.
-            seed: What the order of the minibatches derives from.
+            objective: Of a batch, policy at theta_old; it is moved.
+            state: From `init_state` or the update before.
         """
-        theta = policy.parameters
+        theta = objective.theta
         flat = torch.nn.Parameter(theta.flatten(theta.tensors).detach())
         adam = torch.optim.Adam([flat], lr=self.learning_rate)
         adam.state[flat] = {
-            "step": torch.tensor(state["step"]),
-            "exp_avg": state["exp_avg"],
-            "exp_avg_sq": state["exp_avg_sq"],
+            "step": torch.tensor(state.step),
+            "exp_avg": state.exp_avg.clone(),  # Adam changes its moments in place
+            "exp_avg_sq": state.exp_avg_sq.clone(),
         }
         for epoch in range(self.epochs):
-            order = torch.randperm(len(batch.rollout), generator=generator(*seed, "epoch", epoch))  # type: ignore[misc]
+            order = torch.randperm(
+                len(objective.batch.rollout),
+                generator=generator(*objective.seed, "epoch", epoch),  # type: ignore[misc]
+            )
             for rows in order.tensor_split(self.minibatches):
-                flat.grad = -self._gradient(policy, batch, reduce, rows)
+                flat.grad = -objective.clipped_gradient(rows, self.clip)
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_([flat], self.max_grad_norm)
                 adam.step()
                 theta.restore(theta.unflatten(flat.detach()))
-        moments = adam.state[flat]
-        state |= {"exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
-        state["step"] = float(moments["step"])
-        N = float(reduce(torch.tensor(float(len(batch.rollout)), dtype=torch.float64)))
-        after = measure_at(policy, batch, reduce, N)
+        after, beta = objective.measure(), state.beta
         if self.target_ref_kl is not None:
             error = after.ref_kl / self.target_ref_kl - 1
-            state["beta"] *= 1 + 0.1 * max(-0.2, min(0.2, error))
-        return {
+            beta *= 1 + 0.1 * max(-0.2, min(0.2, error))
+        moments = adam.state[flat]
+        state = PPOState(float(moments["step"]), beta, moments["exp_avg"], moments["exp_avg_sq"])
+        return state, {
             "trust_region/kl": after.kl,
             "trust_region/kl_max": after.kl_max,
             "trust_region/actual_gain": after.gain,
             "trust_region/ref_kl_after": after.ref_kl,
-            "ppo/beta": state["beta"],
+            "ppo/beta": beta,
         }
-
-    def _gradient(self, policy: Policy, batch: Batch, reduce: Reduce, rows: Tensor) -> Tensor:
-        """Return the gradient of the clipped surrogate on some rows, (M,), a mean over tokens."""
-        r, theta = batch.rollout, policy.parameters
-        total = theta.flatten([None] * len(theta.tensors))
-        for part, tokens in batch.micro_batches(rows):
-            features = policy.features(*r.model_inputs(part))
-
-            def slope(logprobs: Tensor, s: slice, tokens: Tensor = tokens) -> list[Tensor]:
-                actions, A = batch.actions[tokens[s]], batch.advantages[tokens[s]]
-                ratio = (token_logprobs(logprobs, actions) - batch.old_logprobs[tokens[s]]).exp()
-                gain = ratio * A  # and so is its derivative by log pi
-                if self.clip is not None:  # beyond the clip there is nothing to gain
-                    gain = gain * (gain <= ratio.clamp(1 - self.clip, 1 + self.clip) * A)
-                return [logprob_gradient(logprobs.exp(), actions, gain)]
-
-            (cotangent,) = policy.cotangents(features, slope)
-            total += theta.gradient(features, cotangent=cotangent)
-        count = float(reduce(r.lengths[rows].double().sum()))
-        return reduce(total) / max(count, 1.0)

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from trpo_lm.lm.mdp import Rollout, measure
 from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.rollout import Batch, Rollout
 
 Judge = Callable[..., list[float]]
 
@@ -39,8 +39,8 @@ def probe(
         entropy, `nll` and `nll_reference` on `text` (nats per token); share of distinct pairs of
         neighbouring tokens and of repeated completions, over the first completion of each prompt.
     """
-    batch = measure(policy, rollout, micro_batch_size=micro_batch_size)
-    known = measure(policy, text, micro_batch_size=micro_batch_size)
+    batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
+    known = Batch.from_rollout(policy, text, micro_batch_size=micro_batch_size)
     N, valid = len(rollout), rollout.scores.valid
     first = torch.cat([torch.tensor([True]), rollout.groups[1:] != rollout.groups[:-1]])
     ids = [row for row, keep in zip(rollout.completion_ids, first, strict=True) if keep]

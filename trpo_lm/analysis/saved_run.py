@@ -24,11 +24,12 @@ from trpo_lm.analysis.probe import probe
 from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.critic import Critic, make_critic
-from trpo_lm.lm.mdp import Rollout, TokenMDP, end_token_ids
+from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompts, load_prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards, abstain
+from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.statistics import bootstrap_interval
 from trpo_lm.storage import read_json_lines
 from trpo_lm.training.artifacts import CRITIC

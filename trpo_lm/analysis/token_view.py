@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from trpo_lm.analysis.saved_run import FinishedRun
 from trpo_lm.core.advantages import gae
-from trpo_lm.lm.mdp import Rollout, measure
 from trpo_lm.lm.prompts import Prompt
+from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION
 from trpo_lm.report.format import clean, number
 
@@ -74,7 +74,9 @@ def token_rows(run: FinishedRun, rollout: Rollout, row: int = 0) -> list[dict[st
         advantage in units of the score. Values are None without a critic, and so are rewards
         without a score.
     """
-    batch = measure(run.policy, rollout, micro_batch_size=run.settings["micro_batch_size"])
+    batch = Batch.from_rollout(
+        run.policy, rollout, micro_batch_size=run.settings["micro_batch_size"]
+    )
     mask = rollout.action_mask
     credit: dict[str, list[float]] = {}
     if bool(rollout.scores.valid[row]):

@@ -24,16 +24,17 @@ from typing import Any
 
 from peft import PeftModel
 
+from trpo_lm.algorithms.algorithm import Algorithm
 from trpo_lm.analysis.probe import probe
 from trpo_lm.comparison.limit import limit_curve, reference_scores
 from trpo_lm.comparison.trl_arms import check_trl, train_with_trl
 from trpo_lm.config import TrainerConfig, TRLSettings, describe
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
-from trpo_lm.lm.mdp import Rollout
 from trpo_lm.lm.policy import load_model
 from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.reward_models import RewardModel
-from trpo_lm.training.trainer import FREE, Algorithm, Trainer, quiet_loading
+from trpo_lm.lm.rollout import Rollout
+from trpo_lm.training.trainer import FREE, Trainer, quiet_loading
 
 SHOWN = 8  # held-out samples kept of each run
 
@@ -53,7 +54,7 @@ class Arm:
     name: str
     algorithm: str
     given: dict[str, str]
-    rule: Algorithm | TRLSettings
+    rule: Algorithm[Any] | TRLSettings
     args: TrainerConfig
 
 
@@ -241,7 +242,7 @@ class Sweep:
             f"held-out score {found['score']:.3f} at {found['ref_kl']:.2f} nats"
         )  # fmt: skip
 
-    def _trainer(self, args: TrainerConfig, rule: Algorithm | None = None) -> Trainer:
+    def _trainer(self, args: TrainerConfig, rule: Algorithm[Any] | None = None) -> Trainer:
         args = replace(args, resume_from_checkpoint="auto", logging_steps=1, save_total_limit=1)
         trainer = Trainer(self.model, self.reward, self.prompts, args, algorithm=rule)
         trainer.console = self.progress  # type: ignore[assignment]

@@ -31,15 +31,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from trpo_lm.config import TrainerConfig, TRLSettings
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.lm.mdp import MOST_ROWS, measure
-from trpo_lm.lm.objective import measure_at
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import default_lora
 from trpo_lm.lm.prompts import encode_prompt
+from trpo_lm.lm.rollout import MOST_ROWS, Batch
 from trpo_lm.seeds import derive_seed
 from trpo_lm.storage import append_json_line, truncate_json_lines
 from trpo_lm.training.artifacts import completion_lines
 from trpo_lm.training.checkpoint import OutputLock
-from trpo_lm.training.metrics import metrics_row, objective
+from trpo_lm.training.metrics import metrics_row, rollout_metrics
 from trpo_lm.training.trainer import COMPLETIONS, METRICS, Trainer
 
 
@@ -201,7 +201,7 @@ class _Observer(TrainerCallback):
             columns.get("trainer_state"),
         )
         size = trainer.args.micro_batch_size
-        self.batch = measure(trainer.policy, self.rollout, micro_batch_size=size)
+        self.batch = Batch.from_rollout(trainer.policy, self.rollout, micro_batch_size=size)
         self.seconds = {
             "time/rollout": sampled_at - self.clock,
             "time/score": self.rollout.score_seconds,
@@ -215,10 +215,11 @@ class _Observer(TrainerCallback):
         """Follow TRL's step, measure it, and write the update's row."""
         self.seconds["time/update"] = perf_counter() - self.clock
         trainer, policy, ranks = self.trainer, self.trainer.policy, self.trainer.ranks
-        numbers, completions, tokens = objective(self.batch, ranks)
+        numbers, completions, tokens = rollout_metrics(self.batch, ranks)
         self.completions, self.tokens = self.completions + completions, self.tokens + tokens
         policy.parameters.restore(self.parameters)
-        after = measure_at(policy, self.batch, ranks.reduce, completions)
+        nothing = torch.zeros(self.rollout.action_mask.shape)
+        after = BatchObjective(policy, self.batch, nothing, ranks.reduce).measure()
         if not math.isfinite(after.kl):
             raise RunFault(
                 "non-finite logits after a step of TRL", where=f"update {len(self.rows) + 1}"

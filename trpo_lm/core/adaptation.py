@@ -1,13 +1,13 @@
-"""What a run learns about its own noise, and steers by: one function for each.
+"""Damping, budget margin and radius, adapted to measured noise.
 
-Each takes what was kept from earlier updates as a dict and changes it in place; a checkpoint stores
-it as it is.
+Each quantity that is tracked over updates is a frozen dataclass, empty at first; a function takes
+it with what an update has measured and returns its successor.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,22 +18,75 @@ FIRST_DRIFT = 0.05  # of the budget: a first guess at what the predictions of R 
 KL_MARGIN = 1.05  # the trust region aims this much inside max_kl: a second trial costs a forward
 
 
-def running_rms(kept: dict[str, Any], g: Tensor) -> Tensor:
-    """Return the root of the running mean square of each component of g, (M,), positive.
+@dataclass(frozen=True)
+class Noise:
+    """Signal and noise of a sampled gradient.
 
-    The metric of the damping. LoRA's two factors differ in scale and change it as they grow; plain
-    damping measures both with one ruler, and the damped step is then dominated by whichever is
-    larger. Noise dominates g, so this is about the root of the Fisher's diagonal.
+    Attributes:
+        signal: Squared length of the mean gradient, estimated without bias.
+        variance: Variance of one completion's gradient.
+        cosine: Of the gradients of two halves of the batch.
+    """
+
+    signal: float
+    variance: float
+    cosine: float
+
+    @property
+    def scale(self) -> float:
+        """Completions at which signal equals noise; inf where the halves disagree altogether."""
+        return self.variance / self.signal if self.signal > 0 else math.inf
+
+
+def noise(sums: Tensor, N: float) -> Noise:
+    """Compare the gradients of two halves of a batch.
+
+    The product of two independent halves estimates the squared signal without bias.
+
+    Args:
+        sums: Sums of gradients over the completions of each half, (2, M).
+        N: Completions of both.
+
+    Source: McCandlish et al. (2018), arXiv:1812.06162, App. A.
+    """
+    first, second = sums.double() / (N / 2)
+    lengths = float(first.norm() * second.norm())
+    signal = float(first @ second)
+    return Noise(
+        signal=signal,
+        variance=float((first - second).square().sum()) * N / 4,
+        cosine=signal / lengths if lengths > 0 else math.nan,
+    )
+
+
+def running_rms(square: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the running mean square of g and its root, normalised: (M,) each, the root positive.
+
+    The root is the metric of the damping. LoRA's two factors differ in scale and change it as they
+    grow; plain damping measures both with one ruler, and the damped step is then dominated by
+    whichever is larger. Noise dominates g, so this is about the root of the Fisher's diagonal.
+
+    Args:
+        square: Running mean square of earlier gradients, (M,); zeros at first.
+        g: This update's gradient, (M,).
 
     Source: the second moment of Adam, Kingma and Ba (2015), arXiv:1412.6980, as a metric.
     """
-    kept["square"] = RMS_MEMORY * kept["square"] + (1 - RMS_MEMORY) * g.square()
-    rms = kept["square"].sqrt()
+    square = RMS_MEMORY * square + (1 - RMS_MEMORY) * g.square()
+    rms = square.sqrt()
     mean = rms.mean()
-    return (rms / mean).clamp(min=LEAST_METRIC) if mean > 0 else rms + 1.0
+    return square, (rms / mean).clamp(min=LEAST_METRIC) if mean > 0 else rms + 1.0
 
 
-def wiener_damping(kept: dict[str, float], *, signal: float, variance: float, N: float) -> float:
+@dataclass(frozen=True)
+class RunningNoise:
+    """Exponentially weighted sums of `Noise.signal` and `Noise.variance`."""
+
+    signal: float = 0.0
+    variance: float = 0.0
+
+
+def wiener_damping(past: RunningNoise, seen: Noise, N: float) -> tuple[RunningNoise, float]:
     """Return the relative damping of a solve whose right-hand side is a noisy sample.
 
     Wiener's filter: let the natural gradient be isotropic with variance tau^2 a component and the
@@ -43,50 +96,79 @@ def wiener_damping(kept: dict[str, float], *, signal: float, variance: float, N:
     the noise scale in batches; both of its parts are running means.
 
     Args:
-        kept: Running sums, changed in place; empty at first.
-        signal: Squared length of the mean gradient, as this batch estimates it.
-        variance: Variance of one completion's gradient.
+        past: Running sums of earlier updates.
+        seen: Of this batch's gradient.
         N: Completions in the batch.
     """
-    kept["signal"] = MEMORY * kept.get("signal", 0.0) + signal
-    kept["variance"] = MEMORY * kept.get("variance", 0.0) + variance
-    batches = kept["variance"] / (N * kept["signal"]) if kept["signal"] > 0 else math.inf
-    return min(max(batches, LEAST_DAMPING), MOST_DAMPING)
+    sums = RunningNoise(
+        MEMORY * past.signal + seen.signal, MEMORY * past.variance + seen.variance
+    )  # fmt: skip
+    batches = sums.variance / (N * sums.signal) if sums.signal > 0 else math.inf
+    return sums, min(max(batches, LEAST_DAMPING), MOST_DAMPING)
 
 
-def budget_on_batch(kept: dict[str, float], *, k: float, error: float, budget: float) -> float:
+@dataclass(frozen=True)
+class ReferenceFilter:
+    """What an alpha-beta filter knows of R, nats per completion; None before the first rollout.
+
+    Attributes:
+        estimate: R at the latest rollout, filtered.
+        drift: What predictions of R have lately missed, after steps whose direction depended on R.
+        expected: R on the next rollout.
+        fitted: 1.0 if the latest step's direction depended on R, else 0.0.
+    """
+
+    estimate: float | None = None
+    drift: float | None = None
+    expected: float | None = None
+    fitted: float = 0.0
+
+    def after(self, change: float, *, fitted: bool) -> ReferenceFilter:
+        """Return the filter after a step with a predicted change of R, nats."""
+        return replace(self, expected=(self.expected or 0.0) + change, fitted=float(fitted))
+
+
+def budget_on_batch(
+    past: ReferenceFilter, *, k: float, error: float, budget: float
+) -> tuple[ReferenceFilter, float]:
     """Return the budget on the scale of this batch's R.
 
     A fresh rollout measures R with a sampling error of several per cent, and a step that trades R
     for score is flattered by its own batch: x was fitted to the very completions on which R after x
     is predicted, so the next rollout shows more. Both are tracked (an alpha-beta filter): the
     estimate follows the predicted changes and every fresh rollout, the drift is what predictions of
-    such steps have lately missed. The step aims at the budget less the drift, less the estimate's
-    standard error, and less what this batch shows too little of R; where it shows too much, nothing
-    is given back.
+    such steps have lately missed. The step aims at the budget minus the drift, minus the estimate's
+    standard error, and minus any underestimate of R by this batch; overestimates earn no credit.
 
     Args:
-        kept: Estimate, drift and expectation, changed in place; empty at first. After a step the
-            caller adds its predicted change to `kept["expected"]`, and sets `kept["fitted"]` to 1.0
-            if the step's direction depended on R, else to 0.0.
+        past: The filter after the latest step.
         k: R on the fresh rollout, nats per completion.
         error: Its standard error, by sampling; the estimate averages about two of them.
         budget: K, nats per completion; inf without one.
     """
-    drift = kept.get("drift", FIRST_DRIFT * budget if math.isfinite(budget) else 0.0)
-    fitted = kept.get("fitted", 0.0)
-    surprise = k - kept.get("expected", k) - fitted * drift
-    estimate, drift = k - 0.5 * surprise, drift + 0.3 * fitted * surprise
-    kept |= {"estimate": estimate, "drift": drift, "expected": estimate}
-    return budget - max(drift, 0.0) - max(estimate - k, 0.0) - error / math.sqrt(2)
+    first_drift = FIRST_DRIFT * budget if math.isfinite(budget) else 0.0
+    drift = first_drift if past.drift is None else past.drift
+    expected = k if past.expected is None else past.expected
+    surprise = k - expected - past.fitted * drift
+    estimate, drift = k - 0.5 * surprise, drift + 0.3 * past.fitted * surprise
+    filtered = ReferenceFilter(estimate, drift, expected=estimate, fitted=past.fitted)
+    return filtered, budget - max(drift, 0.0) - max(estimate - k, 0.0) - error / math.sqrt(2)
 
 
-def radius_inside(kept: dict[str, float], max_kl: float) -> float:
+@dataclass(frozen=True)
+class RadiusRatio:
+    """Exact KL over its prediction from sampled Fisher products, with a margin."""
+
+    kl_ratio: float = KL_MARGIN
+
+
+def radius_inside(past: RadiusRatio, max_kl: float) -> float:
     """Return the radius whose step is expected to have an exact KL just inside `max_kl`."""
-    return max_kl / max(1.0, kept.setdefault("kl_ratio", KL_MARGIN))
+    return max_kl / max(1.0, past.kl_ratio)
 
 
-def learn_radius(kept: dict[str, float], *, kl: float, predicted: float) -> None:
-    """Learn by how much exact KLs exceed predictions from sampled Fisher products."""
-    if predicted > 0:
-        kept["kl_ratio"] += 0.5 * (KL_MARGIN * kl / predicted - kept["kl_ratio"])
+def learn_radius(past: RadiusRatio, *, kl: float, predicted: float) -> RadiusRatio:
+    """Return the ratio after a step of exact `kl` where `predicted` was expected, nats."""
+    if not predicted > 0:
+        return past
+    return RadiusRatio(past.kl_ratio + 0.5 * (KL_MARGIN * kl / predicted - past.kl_ratio))

@@ -1,16 +1,15 @@
-"""The token-level MDP, and batches sampled from it.
+"""The token-level MDP.
 
     state s_t = (prompt, y_<t)      action y_t = next token (EOS is one)      s_t+1 = s_t + y_t
 
 An episode ends at EOS or at the length limit. The score of the whole completion is paid at its last
 action, plus rewards per token where a reward function gives them. `TokenMDP.step` is the
 definition; `TokenMDP.rollout` is the batched path through `model.generate`, and a test holds them
-together. Masks come from lengths, never from token values: the pad token may well be EOS.
+together.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from trpo_lm.core.divergences import categorical_kl, entropy, token_logprobs
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompt, encode_prompt
 from trpo_lm.lm.rewards import RewardBatch, Rewards
+from trpo_lm.lm.rollout import Rollout
 from trpo_lm.seeds import global_seed
 
-MOST_ROWS = 64  # completions per forward pass where memory allows
 GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
 
 # What transformers would otherwise inherit from the model's own generation_config: the sampler must
@@ -57,87 +55,6 @@ class State:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...] = ()
     columns: Any = None
-
-
-@dataclass
-class Rollout:
-    """N completions and what they were paid.
-
-    Its tensors live on the CPU; `Policy` moves what it runs on.
-
-    Attributes:
-        prompts, completions: Text, N each; completions without special tokens.
-        columns: Further dataset columns, N values each.
-        groups: Index of the prompt of each completion, (N,) int64.
-        input_ids, attention_mask: Prompt (left-padded) and completion (right-padded), (N, P + T).
-        action_mask: True where the policy chose the token, (N, T).
-        truncated: Ended by the length limit, not by EOS, (N,) bool.
-        rewards: Reward of each action, (N, T) float64.
-        scores: What the reward functions said.
-        score_seconds: Time they took.
-    """
-
-    prompts: list[Prompt]
-    completions: list[str]
-    columns: dict[str, list]
-    groups: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    action_mask: Tensor
-    truncated: Tensor
-    rewards: Tensor
-    scores: RewardBatch
-    score_seconds: float
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Actions of each completion, (N,)."""
-        return self.action_mask.sum(-1)
-
-    @property
-    def completion_ids(self) -> list[list[int]]:
-        """Actions of each completion, without padding."""
-        ids = self.input_ids[:, -self.action_mask.shape[1] :]
-        return [row[mask].tolist() for row, mask in zip(ids, self.action_mask, strict=True)]
-
-    @property
-    def actions(self) -> Tensor:
-        """All actions row by row, (S,)."""
-        return self.input_ids[:, -self.action_mask.shape[1] :][self.action_mask]
-
-    def padded(self, flat: Tensor) -> Tensor:
-        """Lay (S,) values of the action tokens out as (N, T), zeros elsewhere."""
-        out = flat.new_zeros(self.action_mask.shape)
-        out[self.action_mask.to(flat.device)] = flat
-        return out
-
-    def token_index(self, rows: Tensor) -> Tensor:
-        """Return where the action tokens of some rows stand in the flat order, row by row."""
-        start = self.lengths.cumsum(0) - self.lengths
-        return torch.cat([torch.arange(s, s + n) for s, n in self._spans(start, rows)])
-
-    def _spans(self, start: Tensor, rows: Tensor) -> Iterator[tuple[int, int]]:
-        return zip(start[rows].tolist(), self.lengths[rows].tolist(), strict=True)
-
-    def micro_batches(self, size: int, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """Cut rows into groups of about equal length, so that little padding is computed."""
-        rows = torch.arange(len(self)) if rows is None else rows
-        if len(rows) == 0:
-            return iter(())
-        return iter(rows[self.attention_mask.sum(-1)[rows].argsort(stable=True)].split(size))
-
-    def model_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return input_ids, attention_mask and state_mask of some rows, padding cut off."""
-        ids, mask, action = self.input_ids[rows], self.attention_mask[rows], self.action_mask[rows]
-        states = torch.zeros_like(mask, dtype=torch.bool)
-        T = action.shape[1]
-        states[:, -T - 1 : -1] = action  # the output at a position is the policy for the next
-        used = mask.any(0).nonzero()
-        keep = slice(int(used[0]), int(used[-1]) + 1)
-        return ids[:, keep], mask[:, keep], states[:, keep]
 
 
 class TokenMDP:
@@ -372,125 +289,3 @@ def ignored_sampling(model: Any) -> dict[str, Any]:
         for name, neutral in NEUTRAL_SAMPLING.items()
         if name not in ("do_sample", "num_beams") and own.get(name, neutral) not in (neutral, None)
     }
-
-
-@dataclass
-class Batch:
-    """A rollout with what the old policy and the reference say about its states.
-
-    Attributes:
-        rollout: The completions, N.
-        old_features, ref_features: Features of both at every state, (S, D).
-        hidden: The reference's last hidden states, (S, D): what a value head looks at.
-        old_logprobs, ref_logprobs: log-probability of each action, (S,), nats.
-        entropy: Entropy of pi_old at each state, (S,), nats.
-        ref_kl: KL(pi_old ‖ pi_ref) at each state, exact, (S,), nats.
-        actions: The tokens that were chosen, (S,) int64.
-        rewards: What the update maximises, (N, T) float64 on the CPU.
-        values: V(s_t), (N, T) float64 on the CPU.
-        advantages: A_t, (S,), in units of their standard deviation.
-        micro_batch_size: Completions per forward pass.
-    """
-
-    rollout: Rollout
-    old_features: Tensor
-    ref_features: Tensor
-    hidden: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    entropy: Tensor
-    ref_kl: Tensor
-    actions: Tensor
-    rewards: Tensor
-    values: Tensor
-    advantages: Tensor
-    micro_batch_size: int
-
-    def micro_batches(
-        self, rows: Tensor | None = None, *, share: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return pairs of row indices and the indices of their tokens in the flat order.
-
-        Args:
-            rows: Which completions; all when None.
-            share: Of `micro_batch_size`, where a pass keeps more than one graph's memory.
-        """
-        size = max(1, int(self.micro_batch_size * share))
-        for part in self.rollout.micro_batches(size, rows):
-            yield part, self.rollout.token_index(part)
-
-
-@torch.no_grad()
-def measure(policy: Policy, rollout: Rollout, *, micro_batch_size: int | None = None) -> Batch:
-    """Run old policy and reference over a rollout; values and advantages are still zero.
-
-    Args:
-        policy: At theta_old.
-        rollout: Sampled from it.
-        micro_batch_size: Completions per forward pass; None: `affordable_rows`.
-    """
-    micro_batch_size = micro_batch_size or affordable_rows(policy, rollout)
-    old = all_features(policy, rollout, micro_batch_size)[1]
-    with policy.reference():
-        hidden, ref = all_features(policy, rollout, micro_batch_size)
-    columns: list[tuple[Tensor, ...]] = []
-    actions = rollout.actions.to(old.device)
-    for where in policy.chunks(len(old)):
-        log_old, log_ref = policy.logprobs(old[where]), policy.logprobs(ref[where])
-        columns.append(
-            (
-                token_logprobs(log_old, actions[where]),
-                token_logprobs(log_ref, actions[where]),
-                entropy(log_old),
-                categorical_kl(old=log_old, new=log_ref),
-            )
-        )
-    logprobs, ref_logprobs, entropies, ref_kl = (torch.cat(c) for c in zip(*columns, strict=True))
-    return Batch(
-        rollout=rollout,
-        old_features=old,
-        ref_features=ref,
-        hidden=hidden,
-        old_logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        entropy=entropies,
-        ref_kl=ref_kl,
-        actions=actions,
-        rewards=rollout.rewards,
-        values=torch.zeros_like(rollout.rewards),
-        advantages=torch.zeros_like(logprobs),
-        micro_batch_size=micro_batch_size,
-    )
-
-
-def affordable_rows(policy: Policy, rollout: Rollout) -> int:
-    """Return how many completions a forward pass may take: 64, or fewer where memory is short.
-
-    A graph over that many may fill an eighth of the memory that the weights leave, judged by what
-    the longest completion's graph holds. All memory counts, not what is free just now: the size,
-    and with it the rounding, must not depend on what else runs.
-    """
-    longest = rollout.attention_mask.sum(-1).argmax()[None]
-    weights = sum(p.nbytes for p in policy.model.parameters())
-    each = policy.graph_bytes(*rollout.model_inputs(longest))
-    rows = (memory(policy.device) - weights) // 8 // each
-    return min(MOST_ROWS, 1 << max(rows, 1).bit_length() - 1)
-
-
-def memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@torch.no_grad()
-def all_features(policy: Policy, rollout: Rollout, size: int) -> tuple[Tensor, Tensor]:
-    """Return hidden states and features of every state of a rollout, in flat order."""
-    parts, order = [], []
-    for rows in rollout.micro_batches(size):
-        parts.append(policy.hidden_and_features(*rollout.model_inputs(rows)))
-        order.append(rollout.token_index(rows))
-    back = torch.cat(order).argsort()
-    hidden, features = (torch.cat(p)[back] for p in zip(*parts, strict=True))
-    return hidden, features

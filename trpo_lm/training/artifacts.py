@@ -16,11 +16,12 @@ from typing import Any
 from trpo_lm.cli import command_line
 from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.lm.critic import Critic
-from trpo_lm.lm.mdp import Rollout, TokenMDP
+from trpo_lm.lm.mdp import TokenMDP
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards, abstain
+from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.figures import model_card, plot_run, summary
 from trpo_lm.training import checkpoint as checkpoints
 from trpo_lm.training.console import Console

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from trpo_lm.errors import RunFault
-from trpo_lm.lm.mdp import Batch, Rollout
-from trpo_lm.lm.objective import measure_at
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.training.ranks import Ranks
 
 # "per completion" = summed over a completion's tokens, averaged over completions.
@@ -45,15 +45,19 @@ METRICS: dict[str, str] = {
     "trust_region/case": "which constraint bound the step: old, ref, both or recover",
     "trust_region/alignment": "cosine of v and w in the Fisher metric, -1 to 1",
     "trust_region/radius": "KL the step was allowed, at most max_kl, nats per completion",
-    "cg/iterations": "conjugate-gradient iterations of the gradient's solve",
-    "cg/residual": "relative residual they left, dimensionless",
+    "cg/iterations": "conjugate-gradient iterations of both solves",
+    "cg/residual": "relative residual of the gradient's solve, dimensionless",
+    "cg/status": "how the gradient's solve ended: converged, max_iterations, indefinite, nonfinite",
+    "cg/ref_status": "how the solve for the reference KL ended; null without a budget",
+    "cg/damping": "damping of both solves, as a share of the curvature along their right-hand side",
     "line_search/trials": "step lengths tried",
     "line_search/accepted": "whether a step was taken",
-    "line_search/reason": "why the last trial was accepted or rejected",
+    "line_search/reason": "why the last rejected trial was rejected, or why there was none",
     "critic/explained_variance": "share of the returns' variance the critic explains, at most 1",
     "critic/loss": "mean squared error of the critic, squared units of the reward",
     "signal/half_batch_cosine": "cosine of the gradients of two halves of the batch, -1 to 1",
     "signal/noise_scale": "completions at which the gradient's signal equals its noise",
+    "ppo/beta": "price of the reference KL after the update, units of the reward per nat",
     "policy/checksum": "checksum of the trainable parameters after the update",
     "time/rollout": "seconds spent on sampling",
     "time/score": "seconds spent on rewards",
@@ -72,7 +76,7 @@ NOISY_BATCHES, NOISY_UPDATES = 10, 5  # a noise scale worth a word, and over how
 EQUAL = 1e-12  # rewards that differ by less than this share of their size differ by rounding
 
 
-def objective(batch: Batch, ranks: Ranks) -> tuple[dict[str, Any], int, int]:
+def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[dict[str, Any], int, int]:
     """Return what was sampled, as metrics, and how many completions and tokens it was."""
     r = batch.rollout
     score, std = ranks.mean(r.scores.score[r.scores.valid])
@@ -107,10 +111,12 @@ def logged(values: dict[str, float], ranks: Ranks) -> dict[str, float]:
     }
 
 
-def critic_error(batch: Batch, targets: Tensor, ranks: Ranks) -> dict[str, float | None]:
-    """Return how well values explain returns (N, T) that the critic has not seen yet."""
-    mask = batch.rollout.action_mask & batch.rollout.scores.valid[:, None]
-    bias, error = ranks.mean((targets - batch.values)[mask])
+def critic_error(
+    rollout: Rollout, values: Tensor, targets: Tensor, ranks: Ranks
+) -> dict[str, float | None]:
+    """Return how well values explain returns, (N, T) both, that the critic has not seen yet."""
+    mask = rollout.action_mask & rollout.scores.valid[:, None]
+    bias, error = ranks.mean((targets - values)[mask])
     spread = ranks.mean(targets[mask])[1] ** 2
     return {
         "critic/loss": known(error**2 + bias**2),
@@ -133,15 +139,17 @@ def no_signal(rollout: Rollout, ranks: Ranks) -> str | None:
 
 
 def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
-    """Assert ratio == 1 and D == 0 at theta_old: no dropout, no other source of noise.
+    """Assert D == 0 at theta_old, and with it ratio == 1: no dropout, no other source of noise.
 
     Raises:
         RunFault: If two passes of the same policy differ.
     """
-    at_old = measure_at(policy, batch, ranks.reduce, 1.0)
-    if not (abs(at_old.gain) <= 1e-3 and at_old.kl <= 1e-5):
+    nothing = torch.zeros(batch.rollout.action_mask.shape)
+    objective = BatchObjective(policy, batch, nothing, ranks.reduce)
+    kl = objective.measure().kl * objective.N  # over all completions
+    if not kl <= 1e-5:
         raise RunFault(
-            f"two passes of the same policy differ: KL {at_old.kl:.2g}",
+            f"two passes of the same policy differ: KL {kl:.2g}",
             where="first update",
             hint="something in the model is random or changes between passes (dropout, noise)",
         )

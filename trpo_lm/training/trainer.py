@@ -16,12 +16,12 @@ update half-way.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from trpo_lm.algorithms.algorithm import Algorithm, packed, unpacked, with_default_lam
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.cli import check_output_dir, check_run_name
@@ -37,18 +38,12 @@ from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.core.advantages import returns
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.lm.critic import make_critic
-from trpo_lm.lm.mdp import (
-    MOST_ROWS,
-    Batch,
-    Rollout,
-    TokenMDP,
-    end_token_ids,
-    ignored_sampling,
-    measure,
-)
+from trpo_lm.lm.mdp import TokenMDP, end_token_ids, ignored_sampling
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompts, check_prompts, load_prompts
 from trpo_lm.lm.rewards import Rewards
+from trpo_lm.lm.rollout import MOST_ROWS, Batch, Rollout
 from trpo_lm.seeds import generator
 from trpo_lm.storage import append_json_line, read_json_lines, truncate_json_lines
 from trpo_lm.training import artifacts as outcome
@@ -63,7 +58,7 @@ from trpo_lm.training.metrics import (
     metrics_row,
     no_signal,
     noise_note,
-    objective,
+    rollout_metrics,
 )
 from trpo_lm.training.ranks import OutOfMemory, Ranks, SharedFault
 
@@ -76,47 +71,6 @@ FREE = {
     "overwrite_output_dir", "report_to", "reward_timeout", "ddp_timeout", "reference",
     "reward_models",
 }  # fmt: skip
-
-
-class Algorithm(Protocol):
-    """How rewards become advantages, and how the policy moves. `TRPO` and `PPO` are such."""
-
-    @property
-    def needs_critic(self) -> bool:
-        """Whether advantages look at values."""
-        ...
-
-    @property
-    def gamma(self) -> float:
-        """Discount per token."""
-        ...
-
-    def with_lam(self, lam: float) -> Algorithm:
-        """Return itself with the critic's lambda where none was chosen."""
-        ...
-
-    def init_state(self, policy: Policy) -> dict[str, Any]:
-        """Return what must survive between updates: JSON values and tensors."""
-        ...
-
-    def rewards(self, batch: Batch, state: dict[str, Any]) -> Tensor:
-        """Return the reward of each action, (N, T) float64."""
-        ...
-
-    def advantages(self, batch: Batch, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return A_t, (N, T), from `batch.rewards` and `batch.values`."""
-        ...
-
-    def update(
-        self,
-        policy: Policy,
-        batch: Batch,
-        reduce: Callable[[Tensor], Tensor],
-        state: dict[str, Any],
-        seed: tuple[int | str, ...],
-    ) -> dict[str, Any]:
-        """Move the policy; return metrics."""
-        ...
 
 
 class Trainer:
@@ -148,7 +102,7 @@ class Trainer:
         processing_class: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         peft_config: PeftConfig | None = None,
-        algorithm: Algorithm | None = None,
+        algorithm: Algorithm[Any] | None = None,
         prompt_column: str = "prompt",
     ):
         self.args = args = args or TrainerConfig()
@@ -182,8 +136,8 @@ class Trainer:
             width=self.policy.base.config.get_text_config().hidden_size,
             length=args.max_completion_length,
         )
-        self.algorithm = algorithm.with_lam(self.critic.default_lam)
-        self.algorithm_state = self.algorithm.init_state(self.policy)
+        self.algorithm = with_default_lam(algorithm, self.critic.default_lam)
+        self.algorithm_state = self.algorithm.init_state(self.policy.parameters)
         self.callbacks = Callbacks(
             callbacks, args, self.ranks, model=self.policy.model, tokenizer=self.tokenizer
         )
@@ -311,28 +265,27 @@ class Trainer:
         update = self.update + 1
         rollout, prefix_scores, prefix_seconds = self._rollout(update)
         clock.append(time.perf_counter())
-        batch = measure(self.policy, rollout, micro_batch_size=self.micro_batch_size)
+        batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch_size)
         row = {"update": update, **self._objective(batch)}
         if update == 1:
             check_old_policy(self.policy, batch, self.ranks)
         clock.append(time.perf_counter())
         algorithm, mask, valid = self.algorithm, rollout.action_mask, rollout.scores.valid
-        batch.rewards = algorithm.rewards(batch, self.algorithm_state)
-        targets = returns(batch.rewards, mask, gamma=algorithm.gamma)
+        rewards = algorithm.rewards(batch, self.algorithm_state)
+        targets = returns(rewards, mask, gamma=algorithm.gamma)
         baseline = self.ranks.mean(targets[:, 0][valid])[0]
         hidden = batch.hidden.cpu()
-        batch.values = self.critic.values(hidden, prefix_scores, mask, untrained=baseline)
+        values = self.critic.values(hidden, prefix_scores, mask, untrained=baseline)
         if self.critic.name != "none":
-            row |= critic_error(batch, targets, self.ranks)
+            row |= critic_error(rollout, values, targets, self.ranks)
         skipped = no_signal(rollout, self.ranks)
         clock.append(time.perf_counter())
         if skipped is None:
-            advantages = algorithm.advantages(batch, self.ranks.reduce)
-            batch.advantages = advantages[mask].to(batch.old_logprobs)
-            seed = (self.args.seed, "update", update, self.ranks.rank)
-            row |= algorithm.update(
-                self.policy, batch, self.ranks.reduce, self.algorithm_state, seed
-            )
+            reduce, seed = self.ranks.reduce, (self.args.seed, "update", update, self.ranks.rank)
+            advantages = algorithm.advantages(rollout, rewards, values, reduce)
+            objective = BatchObjective(self.policy, batch, advantages, reduce, seed)
+            self.algorithm_state, done = algorithm.update(objective, self.algorithm_state)
+            row |= done
         clock.append(time.perf_counter())
         self.critic.fit(hidden, prefix_scores, mask, targets, valid, self.ranks.reduce)
         checksum = self.ranks.same(self.policy.parameters.checksum(), f"update {update}")
@@ -368,7 +321,7 @@ class Trainer:
         seed = (self.args.seed, "evaluate", self.ranks.rank)
         with self.policy.reference() if reference else nullcontext():
             rollout = self.mdp.rollout(self.policy, prompts, columns=columns, seed=seed)
-            batch = measure(self.policy, rollout, micro_batch_size=self.micro_batch_size)
+            batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch_size)
         score, std = self.ranks.mean(rollout.scores.score[rollout.scores.valid])
         ref_kl = self.ranks.reduce(batch.ref_kl.double().sum().cpu())
         total = self.ranks.reduce(torch.tensor(float(len(rollout)), dtype=torch.float64))
@@ -422,7 +375,7 @@ class Trainer:
 
     def _objective(self, batch: Batch) -> dict[str, Any]:
         """Return what was sampled, and count it."""
-        numbers, completions, tokens = objective(batch, self.ranks)
+        numbers, completions, tokens = rollout_metrics(batch, self.ranks)
         self.completions, self.tokens = self.completions + completions, self.tokens + tokens
         return {"completions": self.completions, "tokens": self.tokens, **numbers}
 
@@ -499,7 +452,7 @@ class Trainer:
         return {
             "theta": self.policy.parameters.snapshot(),
             "critic": {k: v.clone() for k, v in self.critic.state().items()},
-            "algorithm": copy.deepcopy(self.algorithm_state),
+            "algorithm": self.algorithm_state,
             "counts": (self.update, self.completions, self.tokens),
         }
 
@@ -507,7 +460,7 @@ class Trainer:
         """Be where `_snapshot` was taken, bit for bit."""
         self.policy.parameters.restore(boundary["theta"])
         self.critic.load(boundary["critic"])
-        self.algorithm_state = copy.deepcopy(boundary["algorithm"])
+        self.algorithm_state = boundary["algorithm"]
         self.update, self.completions, self.tokens = boundary["counts"]
         self.callbacks.state.global_step = self.update
         self.rows = [row for row in self.rows if row["update"] <= self.update]
@@ -550,7 +503,7 @@ class Trainer:
         }
 
     def _save_checkpoint(self) -> Path:
-        state, tensors = _split_tensors(self.algorithm_state)
+        state, tensors = unpacked(self.algorithm_state)
         files = {outcome.CRITIC: self.critic.state(), "algorithm": tensors}
         folder = checkpoints.save_checkpoint(
             self.folder,
@@ -604,10 +557,11 @@ class Trainer:
             raise TrpoLMError("the adapter did not load as it was saved", where=str(saved.path))
         if state["critic"] == self.critic.name:
             self.critic.load(tensors.get(outcome.CRITIC, {}))
-        moments = {k: v.to(self.policy.device) for k, v in tensors.get("algorithm", {}).items()}
-        algorithm_state = {**state["algorithm"], **moments}
-        if algorithm_state.keys() == self.algorithm_state.keys():
-            self.algorithm_state = algorithm_state
+        names = {*state["algorithm"], *tensors.get("algorithm", {})}
+        if names == {f.name for f in fields(self.algorithm_state)}:
+            self.algorithm_state = packed(
+                self.algorithm_state, state["algorithm"], tensors.get("algorithm", {})
+            )
         self.update = self.callbacks.state.global_step = saved.update
         self.completions, self.tokens = state["completions"], state["tokens"]
 
@@ -759,8 +713,3 @@ def _seconds(clock: Sequence[float], *, scoring: float) -> dict[str, float]:
         "time/value": (valued - measured) + (end - moved),
         "time/total": end - start,
     }
-
-
-def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return {k: v for k, v in state.items() if k not in tensors}, tensors
