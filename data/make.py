@@ -1,9 +1,9 @@
 """Make everything under data/: a corpus of film reviews, a language model, two reward models.
 
-The offline default of trpo_lm runs on these files. Nothing is downloaded: the sentences come from
-the grammar below, the weights from the sentences.
+The offline default of trpo_lm uses these files. Nothing is downloaded: the grammar below generates
+the sentences, and the weights are trained on the sentences.
 
-    python data/make.py                      # all stages, 13 minutes on one core
+    python data/make.py                      # all stages, about 14 minutes on one core
     python data/make.py corpus               # data/corpus_*.jsonl and data/prompts_*.jsonl
     python data/make.py lm                   # data/lm
     python data/make.py reward_model         # data/reward_model and data/judge
@@ -13,12 +13,12 @@ The grammar. A sentence starts as "[sentence]" and every [symbol] is replaced by
 alternatives until none is left. The label (0 negative, 1 positive) comes first and decides what a
 symbol becomes:
 
-    [x]    an alternative of the sentence's label (or any, where x has no polarity)
+    [x]    an alternative of the sentence's label (or any, if x has no polarity)
     [!x]   one of the opposite label: "although the plot [!vp], the cast [vp]"
     [?x]   one of the label in three sentences of four: a hint, not a verdict
 
 Four marks are resolved at the end: "%p" / "%s" say that the subject just named is plural or
-singular, "drags/drag" is the verb for either, "|" is where the neutral opening ends (a prompt is
+singular, "drags/drag" is the verb for either, "|" is the end of the neutral opening (a prompt is
 cut before it), and "a" becomes "an" before a vowel.
 """
 

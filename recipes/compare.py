@@ -1,13 +1,13 @@
 """Compare update rules on the same prompts, reward and number of completions.
 
     accelerate launch recipes/compare.py            # or: python recipes/compare.py
-    python recipes/compare.py --quick               # a look, under eight minutes on two cores
+    python recipes/compare.py --quick               # about two and a half minutes, two cores
     python recipes/compare.py --arms trpo:max_ref_kl=0.7,1.5 ppo:learning_rate=3e-4,1e-3:beta=0.1
 
 An arm is an algorithm (trpo, npg, ppo, grpo, rloo, reinforce; with the extra `trl` installed also
 trl-grpo and trl-rloo, TRL's own trainers) and its settings after colons; several values, with
-commas, make a grid. Every arm runs with every seed. What is finished is kept: the same command goes
-on where it stopped. The folder ends up with `comparison.html`, the pictures and their numbers;
+commas, make a grid. Every arm runs with every seed. Finished runs are kept: the same command
+resumes an interrupted comparison. It writes `comparison.html`, the pictures and their numbers;
 `python -m trpo_lm.comparison_page FOLDER` draws them again.
 """
 

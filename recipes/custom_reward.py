@@ -1,11 +1,11 @@
-"""A reward of your own: any function of the text. Here: completions that mention the music.
+"""Train on a custom reward, any function of the text; here: completions that mention the music.
 
     accelerate launch recipes/custom_reward.py
 
 A reward function takes the keywords it names (prompts, completions, completion_ids, any column of
-the dataset) and returns a number for each completion. `scores_prefixes` tells the trainer that the
-function can judge unfinished text as well, which makes it a critic: learning is several times
-faster with it, and correct without it.
+the dataset) and returns a number for each completion. `scores_prefixes` declares that the function
+can score unfinished text as well and so serve as a critic: learning is several times faster with
+it, and correct without it.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""Judge a finished run on held-out prompts: its policy, its reference, and a judge's opinion.
+"""Evaluate a finished run on held-out prompts: its policy and reference, by its reward and a judge.
 
     python recipes/evaluate.py runs/sentiment
     python recipes/evaluate.py runs/sentiment --checkpoint best --judge data/judge
 
-Model, reward, temperature and prompts are those that the run saved. The judge is a reward model
-that nothing was trained on: where the score rises and the judge's does not, the policy has learned
-to please the reward and not to do what the reward stands for.
+Model, reward, temperature and prompts are those of the run. The judge is a reward model used in no
+training: if the score rises and the judge's does not, the policy exploits the reward instead of
+improving the text.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python recipes/merge.py runs/sentiment merged
     python recipes/merge.py runs/sentiment merged --checkpoint best
 
-The weights are written in float32, so that the merged logits are the policy's. A policy that was
-trained at another temperature than 1 is sampled at that temperature.
+The weights are written in float32, so that the merged logits equal the policy's. Sample the merged
+model at the temperature of the training.
 """
 
 from __future__ import annotations

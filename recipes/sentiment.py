@@ -1,11 +1,11 @@
-"""Teach a language model to write reviews that a sentiment model likes.
+"""Train a language model to write film reviews with a high score by a sentiment model.
 
     accelerate launch recipes/sentiment.py            # or: python recipes/sentiment.py
 
 Without arguments it trains the embedded 1.2M-parameter LM against the embedded reward model: no
-network, about two minutes on two cores. The mean score of held-out prompts rises from about 0.5 to
-0.8 and more, while no update leaves its trust region (`max_kl`) and the whole run stays inside its
-budget (`max_ref_kl`), both in nats per completion. The same script at real size, with a model hub:
+network, one to two minutes on two cores. The mean score of held-out prompts rises from 0.44 to
+about 0.8, while every update stays inside its trust region (`max_kl`) and the whole run inside its
+budget (`max_ref_kl`), both in nats per completion. At real size, with a model hub:
 
     accelerate launch recipes/sentiment.py --model gpt2 --reward_model lvwerra/distilbert-imdb \\
         --dataset stanfordnlp/imdb --prompt_column text --truncate_prompts left

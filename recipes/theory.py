@@ -1,12 +1,12 @@
-"""The theory that trpo_lm rests on, checked by adding up, not by sampling.
+"""The theory behind trpo_lm, checked by exact sums, without sampling.
 
     python recipes/theory.py          from the project's root; about ten seconds on a CPU
 
 A tiny GPT-2 with LoRA, four words and at most four steps has 242 completions of two prompts, so
 every expectation is a finite sum and each statement below is an equation with two sides to compute,
-in float64. For every line: what was measured, its value, and the range that bears the statement
-out. The sums are in statements/enumerable.py, the statements (with their sources) in
-identities.py and updates.py beside it; the tests assert these very lines.
+in float64. Every line has a quantity, its value, and the range in which the statement holds. The
+sums are in statements/enumerable.py, the statements (with their sources) in identities.py and
+updates.py beside it; tests/test_theory.py asserts the same lines.
 
     1  Q, V, A and GAE                       identities.statement_1
     2  performance difference                identities.statement_2
@@ -18,6 +18,7 @@ identities.py and updates.py beside it; the tests assert these very lines.
     8  TRPO, vanilla gradient, PPO's clip    updates.statement_8
     9  the budget and the tilted optimum     updates.statement_9
     10 the KL of whole completions           identities.statement_10
+    11 variance and bias, any critic         identities.statement_11
 """
 
 print("writing out a token MDP with a tiny transformer in it ...", flush=True)

@@ -1,10 +1,10 @@
-"""Look at one completion of a finished run, token by token.
+"""View one completion of a finished run, token by token.
 
     python recipes/token_view.py runs/sentiment
     python recipes/token_view.py runs/sentiment --row 7 --checkpoint best
     python recipes/token_view.py runs/sentiment --prompt "the director of this"
 
-Samples the completion and draws for each of its tokens the exact KL to the reference, the
+The recipe samples the completion and draws for each token the exact KL to the reference, the
 log-probability under policy and reference, the critic's value and the advantage: as an HTML page
 without scripts, a picture, and CSV.
 """

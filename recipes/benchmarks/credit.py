@@ -1,13 +1,13 @@
-"""Which advantage carries the most signal? Variance, noise scale and bias for critics and lambdas.
+"""Variance, noise scale and bias of the gradient for each critic and lambda.
 
-    python recipes/benchmarks/credit.py --model ../shared/bench/film/lm \\
-        --reward_model ../shared/bench/film/rm --dataset ../shared/bench/film/prompts_train.jsonl
+    F=path/to/film; python recipes/benchmarks/credit.py --model $F/lm --reward_model $F/rm \\
+        --dataset $F/prompts_train.jsonl
 
-At the start of training, critics are fitted on earlier batches and judged on fresh ones. Variance
-is that of one completion's gradient; the noise scale is variance / |mean gradient|^2, the number of
-completions at which signal equals noise; agreement is mu . mu_1 / |mu_1|^2 with mu_1 the mean
-gradient of the same critic at lambda = 1, which is unbiased. All are unbiased estimates, from
-products of different batches.
+At the start of training, critics are fitted to earlier batches and evaluated on fresh ones. The
+variance is that of one completion's gradient; the noise scale is variance / |mean gradient|^2, the
+number of completions at which signal equals noise; agreement is mu . mu_1 / |mu_1|^2 with mu_1 the
+mean gradient of the same critic at lambda = 1, which is unbiased. Products of different batches
+make all estimates unbiased.
 """
 
 from __future__ import annotations

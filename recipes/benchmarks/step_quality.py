@@ -1,14 +1,14 @@
-"""How good is a cheap step? Its gain beside that of an exact solve of the same batch.
+"""The gain of truncated solves, beside that of an exact solve of the same batch.
 
     F=path/to/film; python recipes/benchmarks/step_quality.py --model $F/lm --reward_model $F/rm \\
         --dataset $F/prompts_train.jsonl
 
-TRPO trains for some updates. At the policy that it has reached, the step of one batch is solved for
-in several ways, completions in the Fisher x CG iterations, with the run's own damping and metric.
-A step is judged by what it was not made from: gradients averaged over the other batches, and Fisher
-products on the whole of another batch, by which all steps are scaled to the same KL. Net gain is
-g.x less what the step's change of R is worth (at the policy's multiplier, 0 far below the budget),
-in standard deviations of the advantage. Exact means all completions and 40 iterations.
+TRPO trains for some updates. At the resulting policy, the step of one batch is computed with
+several numbers of completions in the Fisher and of CG iterations, with the run's own damping and
+metric. A step is evaluated on other batches: its gain by their mean gradient, and its KL, to which
+all steps are scaled, by Fisher products on the whole of another batch. Net gain is g.x minus the
+price of the step's change of R (at the policy's multiplier, 0 far below the budget), in standard
+deviations of the advantage. Exact means all completions and 40 iterations.
 """
 
 from __future__ import annotations

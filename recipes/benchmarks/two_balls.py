@@ -1,6 +1,8 @@
 """Draw the step: two balls in the Fisher metric and the point farthest along v, in its four cases.
 
-python recipes/benchmarks/two_balls.py        # writes recipes/figures/two_balls.png
+    python recipes/benchmarks/two_balls.py
+
+The picture is recipes/figures/two_balls.png.
 """
 
 import math

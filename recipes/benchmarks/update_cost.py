@@ -1,13 +1,13 @@
-"""What an update costs: seconds, passes and memory of TRPO's and PPO's, on one made-up batch.
+"""The cost of an update: seconds, passes and memory of TRPO and PPO, on one synthetic batch.
 
     python recipes/benchmarks/update_cost.py --sizes film six --model path/to/lm
     python recipes/benchmarks/update_cost.py --scaling
 
-The policy stands at its budget, so that both distances are active, and every variant starts from
-the same parameters. Seconds are CPU seconds of one thread, alternating over variants: other work on
-the machine costs wall time, not these; compare them within one run only. Memory is the growth of
-the high-water mark of resident memory, one process for each variant: what an update takes beyond
-the model and the batch. Completions are random tokens; no cost depends on what they say.
+The policy is at its budget, so that both distances are active, and every variant starts from the
+same parameters. Seconds are CPU seconds of one thread, alternating over variants, which other work
+on the machine hardly affects; compare them within one run only. Memory is the growth of the
+high-water mark of resident memory, one process for each variant: the need of an update beyond the
+model and the batch. Completions are random tokens; no cost depends on their content.
 """
 
 import argparse
