@@ -2,8 +2,8 @@
 
     python recipes/bare_loop.py
 
-What `Trainer` adds: checkpoints, several processes, evaluation, files, a screen. What it does not
-add: anything to the mathematics.
+Rollout, credit and update are the package's own; `TRPO.update` in trpo_lm/algorithms/trpo.py
+is the step. `Trainer` adds checkpoints, several processes, evaluation, files and a screen.
 """
 
 print("loading torch and transformers ...", flush=True)
@@ -14,23 +14,17 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from trpo_lm.core.adaptation import running_rms
-from trpo_lm.core.advantages import gae, returns, whiten
-from trpo_lm.core.conjugate_gradient import conjugate_gradient
-from trpo_lm.core.line_search import backtrack
-from trpo_lm.core.trust_region import plane_step
+from trpo_lm import TRPO, Policy, RewardModel, TokenMDP
+from trpo_lm.core.advantages import returns
 from trpo_lm.lm.critic import PrefixCritic
-from trpo_lm.lm.mdp import TokenMDP, end_token_ids
-from trpo_lm.lm.objective import fisher, gradients, measure_at
-from trpo_lm.lm.policy import Policy
-from trpo_lm.lm.reward_models import RewardModel
+from trpo_lm.lm.mdp import end_token_ids
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rewards import Rewards
 from trpo_lm.lm.rollout import Batch
 from trpo_lm.seeds import generator
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-MAX_KL, MAX_REF_KL = 0.1, 2.0  # delta and K, nats per completion
-UPDATES, N, LENGTH, LAMBDA, SEED = 12, 256, 24, 0.5, 0
+UPDATES, N, LENGTH, SEED = 12, 256, 24, 0
 
 
 def main():
@@ -39,64 +33,35 @@ def main():
     rewards = Rewards(RewardModel(str(DATA / "reward_model")))
     ends = end_token_ids(policy.base, tokenizer)
     mdp = TokenMDP(tokenizer, rewards, eos_token_ids=ends, max_completion_length=LENGTH)
-    critic = PrefixCritic(LENGTH)
     lines = (DATA / "prompts_train.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
-    theta, alone = policy.parameters, (lambda tensor: tensor)  # alone: sums over one process
-    kept = {"square": torch.zeros(len(theta))}
+
+    critic = PrefixCritic(LENGTH)  # V(s_t): the reward model's score of the prefix, calibrated
+    trpo = TRPO(max_kl=0.1, max_ref_kl=2.0, lam=0.5)  # delta and K, nats per completion
+    state = trpo.init_state(policy.parameters)
+
+    def alone(tensor):  # the sum over one process
+        return tensor
 
     for update in range(1, UPDATES + 1):
         # sample completions from pi_old and score them
         chosen = torch.randperm(len(prompts), generator=generator(SEED, update))[:N]
         rollout = mdp.rollout(policy, [prompts[i] for i in chosen.tolist()], seed=(SEED, update))
-        mask, valid = rollout.action_mask, rollout.scores.valid
         batch = Batch.from_rollout(policy, rollout, micro_batch_size=64)
-        k = float(batch.ref_kl.sum()) / N  # R(theta_old), exact per state
 
-        # credit: V(s_t) is the calibrated score of the prefix, A_t is GAE
-        scores = mdp.prefix_scores(rollout)
+        # credit: A_t by GAE; the critic learns from a batch only after it was applied to it
+        mask, valid, scores = rollout.action_mask, rollout.scores.valid, mdp.prefix_scores(rollout)
         values = critic.values(None, scores, mask, untrained=0.0)
-        advantages = gae(rollout.rewards, values, mask, gamma=1.0, lam=LAMBDA)
-        batch.advantages = whiten(advantages, mask, alone)[mask].float()
+        advantages = trpo.advantages(rollout, rollout.rewards, values, alone)
         critic.fit(None, scores, mask, returns(rollout.rewards, mask, gamma=1.0), valid, alone)
 
-        # g = grad L, b = grad R, F = Hessian of D; v = (F + lambda D)^-1 g and w likewise of b, by
-        # conjugate gradient in the coordinates in which the damping is isotropic
-        g, b = (halves.sum(0) / N for halves in gradients(policy, batch, alone, N, reference=True))
-        F = fisher(policy, batch, alone, 32)
-        d = running_rms(kept, g).rsqrt()
-        solves = [
-            conjugate_gradient(
-                lambda y, F=F, d=d: d * F(d * y), d * rhs,
-                max_iterations=8, rtol=0.01, damping=3.0,
-            )
-            for rhs in (g, b)
-        ]  # fmt: skip
-
-        # the point of both balls farthest along g, in the plane of v and w
-        plane = torch.stack([d * y.x for y in solves])
-        curved = torch.stack([y.Ax / d for y in solves])
-        gram, excess = plane @ curved.T, k - MAX_REF_KL
-        step = plane_step(gram, plane @ g, plane @ b, delta=MAX_KL, excess=excess)
-        x = torch.tensor(step.multipliers, dtype=g.dtype) @ plane
-        theta_old = theta.snapshot()
-
-        # backtrack until the exact quantities keep the promises of the quadratic models
-        def at(scale, theta_old=theta_old, x=x, batch=batch):
-            theta.assign(theta_old, x, scale)
-            return measure_at(policy, batch, alone, N)
-
-        def objection(trial, scale, k=k):
-            if trial.kl > MAX_KL:
-                return "kl above max_kl"
-            return "reference kl above its limit" if trial.ref_kl > max(MAX_REF_KL, k) else None
-
-        search = backtrack(at, objection, ratio=0.8, trials=8)
-        if not search.accepted:
-            theta.restore(theta_old)
+        # the step between the two balls
+        objective = BatchObjective(policy, batch, advantages, alone)
+        state, row = trpo.update(objective, state)
         print(
-            f"update {update:2d}  score {rollout.scores.score.mean():.3f}  ref_kl {k:.3f}  "
-            f"kl {search.trial.kl:.4f}  case {step.case}  trials {search.trials}"
+            f"update {update:2d}  score {rollout.scores.score.mean():.3f}  "
+            f"ref_kl {batch.ref_kl.sum() / N:.3f}  kl {row['trust_region/kl']:.4f}  "
+            f"case {row['trust_region/case']}  trials {row['line_search/trials']}"
         )
 
 

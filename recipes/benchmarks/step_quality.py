@@ -13,7 +13,6 @@ deviations of the advantage. Exact means all completions and 40 iterations.
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 from dataclasses import dataclass, field, replace
@@ -23,12 +22,9 @@ from tempfile import mkdtemp
 import torch
 
 from trpo_lm import TrainerConfig, TRPOTrainer
-from trpo_lm.algorithms.trpo import solve, spanning
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
-from trpo_lm.core.adaptation import budget_on_batch, running_rms, wiener_damping
-from trpo_lm.core.trust_region import plane_step
-from trpo_lm.lm.objective import fisher, gradients, noise, reference_kl
+from trpo_lm.core.natural_step import farthest_step, solve
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
 EXACT = 40  # CG iterations
@@ -85,9 +81,9 @@ def run() -> None:
 
 def judge(trainer, a: Arguments) -> dict[str, list[float]]:
     """Return the net gain of each way to solve, from each of several batches."""
-    policy, reduce, N = trainer.policy, trainer.ranks.reduce, float(a.prompts_per_update)
-    batches = collect(trainer, a.batches)
-    sums = [gradients(policy, batch, reduce, N, reference=True) for batch in batches]
+    rule, N = trainer.algorithm, float(a.prompts_per_update)
+    objectives = collect(trainer, a.batches)
+    sums = [objective.gradients(reference=True) for objective in objectives]
     g, b = (torch.stack([s[i].sum(0) / N for s in sums]) for i in (0, 1))
     ways = {f"{int(N)} completions, {EXACT} iterations": (int(N), EXACT)} | {
         f"{m} completions, {c} iterations": (m, c)
@@ -95,61 +91,42 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
         for c in a.cg_iterations
     }
     gains: dict[str, list[float]] = {name: [] for name in ways}
-    for i, batch in enumerate(batches):
-        others = [j for j in range(len(batches)) if j != i]
-        solve_for, step_of = solver(trainer, batch, sums[i][0], g[i], b[i], N)
-        truth = fisher(policy, batches[others[0]], reduce, int(N))
+    for i, objective in enumerate(objectives):
+        others = [j for j in range(len(objectives)) if j != i]
+        R, error = objective.reference_kl()
+        _, limits = rule.limits(trainer.algorithm_state, sums[i][0], R, error, N)
+        limits = replace(limits, radius=rule.max_kl)
+        truth = objectives[others[0]].fisher(int(N))
         g_true, b_true = (x[others].double().mean(0) for x in (g, b))
-        k = reference_kl(batch, reduce, N)[0]
         worth = 0.0
-        if k > a.max_ref_kl - NEAR:
-            w = solve_for(truth, EXACT, b_true.float()).x.double()
+        if a.max_ref_kl - NEAR < R:
+            w = solve(truth, b_true.float(), limits, replace(rule, cg_iterations=EXACT)).x.double()
             worth = float(g_true @ w / (b_true @ w))
         for name, (completions, iterations) in ways.items():
-            x = step_of(fisher(policy, batch, reduce, completions), iterations)
+            F, settings = objective.fisher(completions), replace(rule, cg_iterations=iterations)
+            v, w = (solve(F, rhs[i], limits, settings) for rhs in (g, b))
+            x = farthest_step(F, v, w, g[i], b[i], limits)[0].double()
             kl = float(x @ truth(x.float()).double()) / 2
-            x *= (trainer.algorithm.max_kl / kl) ** 0.5
-            dear = float(b_true @ x) + trainer.algorithm.max_kl  # b.x + 1/2 x.Fx
+            x *= (rule.max_kl / kl) ** 0.5
+            dear = float(b_true @ x) + rule.max_kl  # b.x + 1/2 x.Fx
             gains[name].append(float(g_true @ x) - worth * dear)
     return gains
 
 
-def solver(trainer, batch, halves_g, g, b, N: float):
-    """Return two functions of F and iterations: its solve for a vector, and the run's own step."""
-    rule, state = trainer.algorithm, copy.deepcopy(trainer.algorithm_state)
-    metric = running_rms(state, g)
-    seen = noise(halves_g * metric.rsqrt(), N)
-    damping = wiener_damping(state["noise"], signal=seen.signal, variance=seen.variance, N=N)
-    k, error = reference_kl(batch, trainer.ranks.reduce, N)
-    K = budget_on_batch(state["reference"], k=k, error=error, budget=rule.max_ref_kl)
-
-    def solve_for(F, iterations: int, rhs: torch.Tensor):
-        return solve(F, rhs, damping, metric, replace(rule, cg_iterations=iterations))
-
-    def step_of(F, iterations: int) -> torch.Tensor:
-        v, w = (solve_for(F, iterations, rhs) for rhs in (g, b))
-        plane, curved = spanning(F, v, w)
-        slopes = plane @ g.double(), plane @ b.double()
-        step = plane_step(plane @ curved.T, *slopes, delta=rule.max_kl, excess=k - K)
-        return torch.tensor(step.multipliers, dtype=torch.float64) @ plane
-
-    return solve_for, step_of
-
-
 def collect(trainer, count: int) -> list:
-    """Return measured batches with advantages at the present policy, which stays where it is."""
-    found, rule, update = [], trainer.algorithm, trainer.update
+    """Return objectives of fresh batches at the present policy, which stays where it is."""
+    objectives, rule, update = [], trainer.algorithm, trainer.update
 
     class Collector(type(rule)):
-        def update(self, policy, batch, reduce, state, seed=()):
-            found.append(batch)
-            return {}
+        def update(self, objective, state):
+            objectives.append(objective)
+            return state, {}
 
     trainer.algorithm = Collector(**vars(rule))
     for _ in range(count):
         trainer.train_step()
     trainer.algorithm, trainer.update = rule, update
-    return found
+    return objectives
 
 
 if __name__ == "__main__":

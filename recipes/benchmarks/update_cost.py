@@ -28,13 +28,12 @@ from unittest.mock import patch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-import trpo_lm.algorithms.trpo
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.core.fisher import FisherOperator, hessian_operator, twice_differentiable
 from trpo_lm.core.parameters import ParameterVector
-from trpo_lm.lm.objective import fisher, gradients, measure_at
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import RewardBatch
 from trpo_lm.lm.rollout import Batch, Rollout, all_features
@@ -46,8 +45,8 @@ EMBEDDED = HERE.parent.parent / "data" / "lm"
 PROMPT, LENGTH = 6, 24
 FISHER = TRPO().fisher_completions
 COMPLETIONS = {"film": 512, "six": 512, "small": 64, "qwen": 16}
-PHASES = {"gradients": "g and b", "fisher": "Fisher graph", "measure_at": "line search"}
-PEAKS = ("trpo", "ppo", "measure_at")
+PHASES = {"gradients": "g and b", "fisher": "Fisher graph", "measure": "line search"}
+PEAKS = ("trpo", "ppo", "measure")
 
 
 def build(size: str, model: str):
@@ -70,7 +69,7 @@ def build(size: str, model: str):
 
 
 def setting(size: str, model: str, completions: int, length: int, micro_batch_size: int):
-    """Return a policy away from its reference and a measured batch of random completions."""
+    """Return the objective of random completions, with the policy away from its reference."""
     policy, noise = Policy(build(size, model)), generator(0, size)
     with torch.no_grad():
         for p in policy.parameters.tensors:
@@ -100,8 +99,8 @@ def setting(size: str, model: str, completions: int, length: int, micro_batch_si
         score_seconds=0.0,
     )
     batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
-    batch.advantages = torch.randn(len(batch.actions), generator=noise)
-    return policy, batch
+    A = rollout.padded(torch.randn(len(batch.actions), generator=noise))
+    return BatchObjective(policy, batch, A, alone)
 
 
 def alone(tensor):
@@ -109,51 +108,50 @@ def alone(tensor):
     return tensor
 
 
-def updates(policy, batch) -> dict:
+def updates(objective) -> dict:
     """Return one TRPO update with both distances active and one PPO update, undone after."""
-    theta, N = policy.parameters, len(batch.rollout)
+    theta = objective.theta
     start = theta.snapshot()
     rules = {
-        "trpo": TRPO(max_ref_kl=float(batch.ref_kl.sum()) / N),
+        "trpo": TRPO(max_ref_kl=objective.reference_kl()[0]),
         "ppo": PPO(learning_rate=1e-5, epochs=4, minibatches=4),
     }
 
     def run(rule):
-        row = rule.update(policy, batch, alone, rule.init_state(policy), (0,))
+        _, row = rule.update(objective, rule.init_state(theta))
         theta.restore(start)
         return row
 
     return {name: lambda rule=rule: run(rule) for name, rule in rules.items()}
 
 
-def subset(policy, batch):
-    """Return the first FISHER completions of a batch as a batch."""
-    r = batch.rollout
+def subset(objective):
+    """Return the objective of the first FISHER completions of a batch."""
+    policy, batch, r = objective.policy, objective.batch, objective.batch.rollout
     rows = torch.arange(min(FISHER, len(r)))
     names = ("groups", "input_ids", "attention_mask", "action_mask", "truncated", "rewards")
     fields = vars(r) | {name: getattr(r, name)[rows] for name in names}
     fields |= {"prompts": [""] * len(rows), "completions": [""] * len(rows)}
     few = Batch.from_rollout(policy, Rollout(**fields), micro_batch_size=batch.micro_batch_size)
-    few.advantages = batch.advantages[r.token_index(rows)]
-    return few
+    return BatchObjective(policy, few, r.padded(objective.advantages)[rows], alone)
 
 
-def pieces(policy, few) -> dict:
+def pieces(objective) -> dict:
     """Return the parts of an update on the same completions, to be compared with one another."""
+    policy, few, theta = objective.policy, objective.batch, objective.theta
     rows = torch.arange(len(few.rollout))
-    N, theta = float(len(rows)), policy.parameters
-    F = fisher(policy, few, alone, len(rows))
+    F = objective.fisher(len(rows))
     v = torch.randn(len(theta), generator=generator(1))
 
     def divergence():
         with twice_differentiable():
             features = policy.features(*few.rollout.model_inputs(rows))
         new = policy.logprobs(features)
-        return categorical_kl(old=new.detach(), new=new).sum() / N
+        return categorical_kl(old=new.detach(), new=new).sum() / objective.N
 
     out = {
         "forward": lambda: all_features(policy, few.rollout, few.micro_batch_size),
-        "forward+backward of L": lambda: gradients(policy, few, alone, N, reference=False),
+        "forward+backward of L": lambda: objective.gradients(reference=False),
         "product": lambda: F(v),
     }
     if policy.vocabulary_size * len(few.actions) < 2e7:  # all of [tokens, V] in one graph
@@ -163,13 +161,14 @@ def pieces(policy, few) -> dict:
     return out
 
 
-def differences(policy, few, pieces: dict) -> dict:
+def differences(objective, pieces: dict) -> dict:
     """Return a product by finite differences beside the forward+backward.
 
     Apart from the other pieces: it moves the parameters, and graphs to them are void after that.
     """
+    policy = objective.policy
     policy.lacks_second_derivative = "measured here"
-    F = fisher(policy, few, alone, FISHER)
+    F = objective.fisher(FISHER)
     policy.lacks_second_derivative = None
     v = torch.randn(len(policy.parameters), generator=generator(1))
     name = "forward+backward of L"
@@ -200,7 +199,7 @@ class Meter:
         """Count inside the block."""
         with ExitStack() as stack:
             for name, phase in PHASES.items():
-                stack.enter_context(self._replaced(trpo_lm.algorithms.trpo, name, phase))
+                stack.enter_context(self._replaced(BatchObjective, name, phase))
             stack.enter_context(self._replaced(FisherOperator, "__call__", "products"))
             passes, gradient = Policy.hidden_and_features, ParameterVector.gradient
 
@@ -303,24 +302,25 @@ def rollout_speed(policy, repeats: int) -> dict[str, list[float]]:
 def report(size: str, args) -> dict:
     """Measure one size."""
     N = args.completions or COMPLETIONS[size]
-    policy, batch = setting(size, args.model, N, LENGTH, args.micro_batch_size)
-    out = {"completions": N, "tokens": len(batch.actions), "trainable": len(policy.parameters)}
-    few = subset(policy, batch)
-    parts = pieces(policy, few)
+    objective = setting(size, args.model, N, LENGTH, args.micro_batch_size)
+    tokens = len(objective.batch.actions)
+    out = {"completions": N, "tokens": tokens, "trainable": len(objective.theta)}
+    few = subset(objective)
+    parts = pieces(few)
     of_pieces = ratios(alternate(parts, args.repeats), "forward+backward of L")
-    parts = differences(policy, few, parts)
+    parts = differences(few, parts)
     of_pieces |= ratios(alternate(parts, args.repeats), "forward+backward of L")
     out["over forward+backward of L"] = of_pieces
-    works, meter = updates(policy, batch), Meter()
+    works, meter = updates(objective), Meter()
     with meter.watching():
         row = works["trpo"]()
     out["case"], out["trials"] = row["trust_region/case"], row["line_search/trials"]
     out["cg iterations"] = row["cg/iterations"]
     out["completions forward"], out["completions backward"] = meter.forward, meter.backward
-    exact = {"measure_at": lambda: measure_at(policy, batch, alone, float(N))}
+    exact = {"measure": objective.measure}
     seconds = alternate(works | exact, args.repeats)
     out["over ppo"] = ratios(seconds, "ppo")["trpo"]
-    rounds = zip(seconds["ppo"], seconds["measure_at"], strict=True)
+    rounds = zip(seconds["ppo"], seconds["measure"], strict=True)
     bare = seconds | {"bare": [ppo - exact for ppo, exact in rounds]}
     out["over ppo without its exact KL"] = ratios(bare, "bare")["trpo"]
     total = statistics.median(seconds["trpo"])
@@ -328,7 +328,7 @@ def report(size: str, args) -> dict:
     out["share of trpo"] = {k: round(v / total, 3) for k, v in meter.seconds.items()}
     if size == "six":
         out["outside tensor work"] = round(outside_tensor_work(works["trpo"]), 4)
-    out["rollout, tokens per CPU second"] = rollout_speed(policy, args.repeats)
+    out["rollout, tokens per CPU second"] = rollout_speed(objective.policy, args.repeats)
     out["peak MiB"] = {name: peak(size, name, args, N, LENGTH) for name in PEAKS}
     return out
 
@@ -348,9 +348,8 @@ def peak(size: str, name: str, args, completions: int, length: int) -> float:
 
 def peak_here(size: str, name: str, args) -> float:
     """Do a work once and return how far resident memory rose above where it stood, MiB."""
-    policy, batch = setting(size, args.model, args.completions, args.length, args.micro_batch_size)
-    N = float(args.completions)
-    works = updates(policy, batch) | {"measure_at": lambda: measure_at(policy, batch, alone, N)}
+    objective = setting(size, args.model, args.completions, args.length, args.micro_batch_size)
+    works = updates(objective) | {"measure": objective.measure}
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, or a work would find it there
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
@@ -376,10 +375,10 @@ def scaling(args):
     for axis, values in axes.items():
         for value in values:
             at = {"completions": 128, "length": 16, "width": 64} | {axis: value}
-            policy, batch = setting(
+            objective = setting(
                 str(at["width"]), "", at["completions"], at["length"], args.micro_batch_size
             )
-            times = alternate({"trpo": updates(policy, batch)["trpo"]}, args.repeats)["trpo"]
+            times = alternate({"trpo": updates(objective)["trpo"]}, args.repeats)["trpo"]
             rows.append({"axis": axis, "value": value, "seconds": statistics.median(times)})
     with (FIGURES / "update_cost.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["axis", "value", "seconds"])
