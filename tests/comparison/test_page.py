@@ -47,6 +47,15 @@ def test_a_run_that_blew_up_is_a_result(tmp_path):
     ]
 
 
+def test_a_sample_without_a_score_is_shown_without_one(tmp_path):
+    folder = write_comparison(tmp_path / "c", ["trpo max_ref_kl=1"], seeds=1)
+    file = folder / "runs/trpo_max_ref_kl=1/seed-0/result.json"
+    result = json.loads(file.read_text())
+    result["samples"][0] |= {"completion": "not scored", "score": None}
+    file.write_text(json.dumps(result))
+    assert "not scored</td><td>-</td>" in write_page(folder).read_text()
+
+
 def test_the_page_leads_with_the_best_of_all_other_arms(tmp_path):
     folder = write_comparison(tmp_path / "c", ("trpo max_ref_kl=1", "ppo beta=0.1", "grpo"))
     file = folder / "runs/grpo/seed-0/metrics.jsonl"

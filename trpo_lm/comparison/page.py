@@ -230,13 +230,15 @@ def _settings(c: Comparison) -> str:
 def _samples(c: Comparison) -> str:
     parts = []
     for i, before in enumerate(c.reference["samples"][:6]):
-        rows: list[list[Any]] = [["reference", before["completion"], f"{before['score']:.2f}"]]
+        rows: list[list[Any]] = [["reference", before["completion"], before["score"]]]
         for arm in c.featured:
             after = (arm.runs[0].result.get("samples") or [])[i : i + 1]
-            rows += [[_key(arm), s["completion"], f"{s['score']:.2f}"] for s in after]
+            rows += [[_key(arm), s["completion"], s["score"]] for s in after]
         prompt = before["prompt"]
         text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-        parts.append(f"<h3>{escape(text)} …</h3>" + _table(["", "completion", "score"], rows))
+        parts.append(
+            f"<h3>{escape(text)} …</h3>" + _table(["", "completion", "score"], rows, digits=2)
+        )
     return "\n".join(parts)
 
 
