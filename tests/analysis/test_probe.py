@@ -11,15 +11,15 @@ from trpo_lm.analysis.probe import probe
 def test_the_reference_itself_forgot_nothing():
     policy = tiny.policy(spread=0.0)
     text = tiny.mdp().rollout(policy, tiny.PROMPTS, completions_per_prompt=4, seed=(1,))
-    found = probe(policy, text, text, micro_batch_size=8, judge=lambda p, c: [0.25] * len(p))
-    assert found["ref_kl"] == pytest.approx(0, abs=1e-6)
-    assert found["nll"] == pytest.approx(found["nll_reference"], rel=1e-5)
-    assert found["judge"] == 0.25
+    scores = probe(policy, text, text, micro_batch_size=8, judge=lambda p, c: [0.25] * len(p))
+    assert scores["ref_kl"] == pytest.approx(0, abs=1e-6)
+    assert scores["nll"] == pytest.approx(scores["nll_reference"], rel=1e-5)
+    assert scores["judge"] == 0.25
     first = [text.completions[i] for i in (0, 4, 8, 12)]
-    assert found["duplicates"] == 1 - len(set(first)) / 4
+    assert scores["duplicates"] == 1 - len(set(first)) / 4
     ids = [text.completion_ids[i] for i in (0, 4, 8, 12)]
     pairs = [(a, b) for row in ids for a, b in pairwise(row)]
-    assert found["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
+    assert scores["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
 
 
 def test_a_moved_policy_is_seen_to_have_forgotten():
@@ -27,7 +27,7 @@ def test_a_moved_policy_is_seen_to_have_forgotten():
     mdp = tiny.mdp()
     with policy.reference():
         text = mdp.rollout(policy, tiny.PROMPTS, completions_per_prompt=64, seed=(1,))
-    own = mdp.rollout(policy, tiny.PROMPTS, completions_per_prompt=64, seed=(1,))
-    found = probe(policy, own, text, micro_batch_size=64)
-    assert found["ref_kl"] > 0.1 and found["nll"] > found["nll_reference"]
-    assert found["judge"] is None
+    rollout = mdp.rollout(policy, tiny.PROMPTS, completions_per_prompt=64, seed=(1,))
+    scores = probe(policy, rollout, text, micro_batch_size=64)
+    assert scores["ref_kl"] > 0.1 and scores["nll"] > scores["nll_reference"]
+    assert scores["judge"] is None

@@ -40,23 +40,23 @@ def test_arms_of_trl_expand_whether_or_not_it_is_installed():
         TRLSettings(3e-4, 0.0),
         TRLSettings(1e-3, 0.0),
     ]
-    ((*_, settings, own),) = compare.expand("trl-rloo", TrainerConfig(prompts_per_update=64))
+    ((*_, settings, trainer),) = compare.expand("trl-rloo", TrainerConfig(prompts_per_update=64))
     assert settings.beta == 0.05  # TRL's default for this trainer
-    assert (own.prompts_per_update, own.completions_per_prompt) == (16, 4)
+    assert (trainer.prompts_per_update, trainer.completions_per_prompt) == (16, 4)
 
 
 def test_every_arm_samples_the_same_number_of_completions():
     args = TrainerConfig(prompts_per_update=64, completions_per_prompt=1)
     shape = {
-        text: (own.prompts_per_update, own.completions_per_prompt)
+        text: (trainer.prompts_per_update, trainer.completions_per_prompt)
         for text in ("ppo", "grpo", "rloo", "rloo:completions_per_prompt=16")
-        for *_, own in compare.expand(text, args)
+        for *_, trainer in compare.expand(text, args)
     }
     assert list(shape.values()) == [(64, 1), (8, 8), (16, 4), (4, 16)]
     with pytest.raises(TrpoLMError, match="64 completions, which is not a multiple of 5"):
         compare.expand("rloo:completions_per_prompt=5", args)
-    ((*_, own),) = compare.expand("ppo:critic=value_head", args)
-    assert own.critic == "value_head"
+    ((*_, trainer),) = compare.expand("ppo:critic=value_head", args)
+    assert trainer.critic == "value_head"
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ def run(tmp_path_factory):
 
 
 def test_every_figure_is_drawn_with_its_numbers_beside_it(run):
-    written = plot_run(run)
-    assert {path.name for path in written} == {f"{s}.{e}" for s in FIGURES for e in ("png", "csv")}
-    assert all(path.parent == run / "plots" for path in written)
+    files = plot_run(run)
+    assert {path.name for path in files} == {f"{s}.{e}" for s in FIGURES for e in ("png", "csv")}
+    assert all(path.parent == run / "plots" for path in files)
     rows = load_run(run)
     for stem, (_, columns) in FIGURES.items():
         assert (run / "plots" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
@@ -40,8 +40,8 @@ def test_a_run_of_one_update_can_be_drawn(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_a_ppo_run_has_no_prediction_to_draw(tmp_path):
     run = write_run(tmp_path / "run", config="clip: 0.2\n", trpo=False)
-    written = {path.stem for path in plot_run(run, tmp_path / "elsewhere")}
-    assert written == set(FIGURES) - {"prediction"}
+    files = {path.stem for path in plot_run(run, tmp_path / "elsewhere")}
+    assert files == set(FIGURES) - {"prediction"}
     assert not (run / "plots").exists()
 
 

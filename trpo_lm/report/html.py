@@ -1,4 +1,4 @@
-"""What the HTML pages share: the style, and text that cannot become markup."""
+"""The style that HTML pages share, and text that cannot become markup."""
 
 from __future__ import annotations
 
