@@ -1,4 +1,4 @@
-"""`python -m trpo_lm.comparison_page FOLDER`: draw the page of a comparison again."""
+"""`python -m trpo_lm.comparison_page FOLDER`: redraw the page of a comparison."""
 
 from trpo_lm.comparison.page import main
 

@@ -16,7 +16,7 @@ from transformers import (
 
 import trpo_lm.training.artifacts
 from trpo_lm.analysis.saved_run import evaluate, merge, open_run
-from trpo_lm.analysis.token_view import COLUMNS, draw_tokens, token_rows
+from trpo_lm.analysis.token_view import token_rows
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.prompts import Prompts, load_prompts
@@ -230,38 +230,3 @@ def test_the_numbers_of_every_token(scene):
         delta = row["reward"] + following[0] - row["value"]
         assert row["advantage"] == pytest.approx(delta + lam * following[1], abs=1e-9)
         following = row["value"], row["advantage"]
-
-
-def a_row(token, position=1, **numbers):
-    known = dict.fromkeys(COLUMNS, 0.1) | {"position": position, "token_id": 7, "token": token}
-    return known | numbers
-
-
-def test_the_page_the_picture_and_the_table(tmp_path):
-    evil = "<script>alert(1)</script>&\x1b[31m\u202e$x^$"
-    rows = [a_row(evil, kl=2.0, shift=-0.5), a_row("a\n", 2, shift=1.0), a_row("", 3)]
-    written = draw_tokens(rows, tmp_path / "new" / "row-0", title="of <b>", prompt=evil, note=evil)
-    assert [p.name for p in written] == ["row-0.html", "row-0.png", "row-0.csv"]
-    page, picture, table = (p.read_bytes() for p in written)
-    page = page.decode()
-    assert "<script" not in page and "\x1b" not in page and "\u202e" not in page
-    assert "&lt;script&gt;alert(1)" in page and "of &lt;b&gt;" in page and "a⏎" in page
-    assert not [word for word in ("src=", "href=", "http:", "https:", "url(") if word in page]
-    assert "default-src 'none'" in page
-    # the scale of each track ends at its largest number, and names its unit
-    assert "2.00 nats" in page and "-1.00" in page and "units of the score" in page
-    assert page.count("background:#") == 4 * len(rows)
-    assert picture.startswith(b"\x89PNG")
-    assert table.decode().splitlines()[0] == ",".join(COLUMNS)
-
-
-@pytest.mark.parametrize("count", [1, 300])
-def test_short_and_long_completions_without_a_critic(tmp_path, count):
-    nothing = {"value": None, "advantage": None, "reward": None}
-    rows = [a_row(f"t{i}", i + 1, kl=0.0, shift=0.0, **nothing) for i in range(count)]
-    conversation = [{"role": "user", "content": "what?"}]
-    page, picture, _ = draw_tokens(rows, tmp_path / "x", title="t", prompt=conversation)
-    shown = page.read_text()
-    assert "Value" not in shown and "Advantage" not in shown and "what?" in shown
-    assert shown.count("background:#") == 2 * count
-    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,7 @@
-"""Held-out measurements of a policy beside score and KL.
+"""Held-out measurements of a policy: score, KL, forgetting, collapse, and a judge's score.
 
-How well it still predicts the reference's text (forgetting), how varied it is (collapse), and what
-a judge says that nothing was trained on.
+Forgetting is the loss on the reference's text, collapse a lack of variety; the judge is a reward
+model on which nothing was trained.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def probe(
     """Measure a policy on its own held-out completions and on the reference's.
 
     Args:
-        policy: At the parameters to judge.
+        policy: At the parameters to measure.
         rollout: Sampled from it, the same number of completions for each prompt.
-        text: Sampled from the reference: the text it must not forget.
+        text: Sampled from the reference; forgetting is measured on it.
         micro_batch_size: Completions per forward pass.
-        judge: Scores prompts and completions; was not trained on.
+        judge: Scores prompts and completions.
 
     Returns:
         Score and judge's score (units of each), exact KL to the reference (nats per completion),
@@ -40,13 +40,13 @@ def probe(
         neighbouring tokens and of repeated completions, over the first completion of each prompt.
     """
     batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
-    known = Batch.from_rollout(policy, text, micro_batch_size=micro_batch_size)
+    baseline = Batch.from_rollout(policy, text, micro_batch_size=micro_batch_size)
     N, valid = len(rollout), rollout.scores.valid
     first = torch.cat([torch.tensor([True]), rollout.groups[1:] != rollout.groups[:-1]])
     ids = [row for row, keep in zip(rollout.completion_ids, first, strict=True) if keep]
     texts = [row for row, keep in zip(rollout.completions, first, strict=True) if keep]
     pairs = [pair for row in ids for pair in pairwise(row)]
-    judged = judge(rollout.prompts, rollout.completions) if judge is not None else None
+    verdicts = judge(rollout.prompts, rollout.completions) if judge is not None else None
     score = rollout.scores.score[valid]
     return {
         "score": float(score.mean()) if len(score) else None,
@@ -55,9 +55,9 @@ def probe(
         "entropy": float(batch.entropy.double().mean()),
         "length": float(rollout.lengths.double().mean()),
         "eos_rate": float((~rollout.truncated).double().mean()),
-        "nll": -float(known.old_logprobs.double().mean()),
-        "nll_reference": -float(known.ref_logprobs.double().mean()),
+        "nll": -float(baseline.old_logprobs.double().mean()),
+        "nll_reference": -float(baseline.ref_logprobs.double().mean()),
         "distinct_2": len(set(pairs)) / len(pairs) if pairs else None,
         "duplicates": 1 - len(set(texts)) / len(texts),
-        "judge": sum(judged) / N if judged is not None else None,
+        "judge": sum(verdicts) / N if verdicts is not None else None,
     }

@@ -1,24 +1,21 @@
-"""One completion token by token: what the policy did, where it left the reference, and its credit.
+"""One completion token by token: its distance from the reference, and its credit.
 
     KL       KL(pi(.|s_t) ‖ pi_ref(.|s_t)), exact; its sum is the completion's share of the budget
-    shift    log pi(y_t|s_t) - log pi_ref(y_t|s_t): the token that was chosen, likelier or not
-    value    V(s_t), what the critic expects before the token
+    shift    log pi(y_t|s_t) - log pi_ref(y_t|s_t): whether training made the token likelier
+    value    V(s_t), the score that the critic expects before the token
     A_t      GAE, in units of the score (an update whitens it over its batch)
 
-As one HTML page that opens without a network and runs nothing, as a picture, and as CSV. Tokens are
-text of a model: escaped, and without control characters.
+Written as an HTML page without scripts or network access, as a picture, and as CSV. Tokens are
+untrusted text: escaped, and without control characters.
 """
 
 from __future__ import annotations
 
-import csv
-import html
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,13 +23,14 @@ from trpo_lm.analysis.saved_run import FinishedRun
 from trpo_lm.core.advantages import gae
 from trpo_lm.lm.prompts import Prompt
 from trpo_lm.lm.rollout import Batch, Rollout
-from trpo_lm.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION
 from trpo_lm.report.format import clean, number
+from trpo_lm.report.html import CSS, escape
+from trpo_lm.report.style import BLUE, GREEN, GREY, VERMILION, Table, save_figure
 
-# Column, its name, its unit, and the colour of what is above zero.
+# Column, heading, unit, and the colour of positive values.
 TRACKS: tuple[tuple[str, str, str, str], ...] = (
     ("kl", "KL to the reference at each token", "nats", VERMILION),
-    ("shift", "Log-probability of the token: policy less reference", "nats", BLUE),
+    ("shift", "Log-probability of the token: policy minus reference", "nats", BLUE),
     ("value", "Value: the score expected before the token", "units of the score", GREEN),
     ("advantage", "Advantage of the token", "units of the score", BLUE),
 )
@@ -42,36 +40,29 @@ COLUMNS: list[str] = [
 ]  # fmt: skip
 _TABLE_ROWS = 2000  # longer completions are in the CSV
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
-.note { color: #555; font-size: .9rem; }
 .text { font: 1rem/2 ui-monospace, monospace; }
 .text span { white-space: pre-wrap; border-right: 1px solid #ccc; padding: .2em 0; }
 .prompt { color: #777; }
 .scale { font-size: .8rem; color: #555; }
 .scale i { display: inline-block; width: 12rem; height: .7rem; border: 1px solid #ccc;
            vertical-align: middle; margin: 0 .4rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right;
-         font-variant-numeric: tabular-nums; }
-th { color: #555; vertical-align: bottom; }
-td.t, th.t { text-align: left; font-family: ui-monospace, monospace; white-space: pre; }
+table { font-size: .85rem; } th, td { padding: .2rem .6rem; }
+td.t, th.t { font-family: ui-monospace, monospace; white-space: pre; }
 """
 
 
 def token_rows(run: FinishedRun, rollout: Rollout, row: int = 0) -> list[dict[str, Any]]:
-    """Return what is known of every token of a completion.
+    """Return the numbers of every token of a completion.
 
     Args:
-        run: Its policy made the rollout.
+        run: Its policy sampled the rollout.
         rollout: N completions.
-        row: Which of them.
+        row: Index of one of them.
 
     Returns:
         `COLUMNS` for each action, EOS included: logarithms and entropy in nats, reward, value and
-        advantage in units of the score. Values are None without a critic, and so are rewards
+        advantage in units of the score. Values and advantages are None without a critic, all three
         without a score.
     """
     batch = Batch.from_rollout(
@@ -95,8 +86,8 @@ def token_rows(run: FinishedRun, rollout: Rollout, row: int = 0) -> list[dict[st
         "shift": batch.old_logprobs - batch.ref_logprobs,
         "entropy": batch.entropy,
     }
-    where = rollout.token_index(rollout.groups.new_tensor([row]))
-    columns = {name: values.cpu()[where].tolist() for name, values in flat.items()} | credit
+    index = rollout.token_index(rollout.groups.new_tensor([row]))
+    columns = {name: values.cpu()[index].tolist() for name, values in flat.items()} | credit
     return [
         {
             "position": t + 1,
@@ -115,45 +106,41 @@ def draw_tokens(
 
     Args:
         rows: From `token_rows`.
-        stem: Path without its ending; the folder is made if need be.
-        title: What the completion is, in a line.
-        prompt: What it goes on from.
+        stem: Path without its ending; its folder is created if necessary.
+        title: Names the completion, in a line.
+        prompt: The completion's.
         note: A line below the title.
 
     Returns:
         The files written.
     """
-    paths = [Path(f"{stem}.{ending}") for ending in ("html", "png", "csv")]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    paths[0].write_text(_page(rows, title, prompt, note), encoding="utf-8")
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn instead
-        figure = Figure(figsize=(min(40.0, max(6.4, 1.2 + 0.27 * len(rows))), 7))
-        said = clean(_said(prompt))
-        shown = said if len(said) < 80 else f"…{said[-79:]}"
-        _draw(figure, rows, f"{clean(title)}\nafter: {shown}")
-        figure.savefig(paths[1])
-    with open(paths[2], "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    return paths
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    page = Path(f"{stem}.html")
+    page.write_text(_page(rows, title, prompt, note), encoding="utf-8")
+    context = clean(_prompt_text(prompt))
+    context = context if len(context) < 80 else f"…{context[-79:]}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
+        heading = f"{clean(title)}\nafter: {context}"
+        return [page, *save_figure(stem, _draw, rows, heading)]
 
 
-def _said(prompt: Prompt) -> str:
+def _prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
 
 def _visible(token: str) -> str:
-    """Return a token such that its line ends and tabs can be seen."""
+    """Return a token with its line ends and tabs made visible."""
     return clean(token.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")) or "∅"
 
 
 # ---------------------------------------------------------------- the picture
 
 
-def _draw(figure: Figure, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw KL, log-probabilities and, where there is a critic, credit below each other."""
+def _draw(figure: Figure, rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """Draw KL, log-probabilities and, with a critic, credit below each other."""
+    figure.set_size_inches(min(40.0, max(6.4, 1.2 + 0.27 * len(rows))), 7)
     credit = rows[0]["value"] is not None
     axes = figure.subplots(2 + credit, 1, sharex=True)
     x = [row["position"] for row in rows]
@@ -166,7 +153,7 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]], title: str) -> None:
         on.set_ylabel(unit)
         on.grid(axis="x", visible=False)
 
-    def legend(on: Axes) -> None:  # beside the title, where nothing is drawn
+    def legend(on: Axes) -> None:  # beside the title, outside the plot
         on.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
 
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
@@ -187,6 +174,7 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]], title: str) -> None:
     labels = [_visible(row["token"])[:16] for row in rows[::every]]
     axes[-1].set_xticks(x[::every], labels, rotation=60, ha="right", parse_math=False)
     axes[-1].set_xlim(0.3, len(rows) + 0.7)
+    return COLUMNS, [[row[name] for name in COLUMNS] for row in rows]
 
 
 # ---------------------------------------------------------------- the page
@@ -197,14 +185,14 @@ def _page(rows: Sequence[dict[str, Any]], title: str, prompt: Prompt, note: str)
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
         "style-src 'unsafe-inline'\">",
-        f"<title>{_text(title)}</title><style>{_CSS}</style>",
-        f"<h1>{_text(title)}</h1><p class='note'>{_text(note)}</p>",
-        "<p class='note'>Prompt in grey, then the completion; a thin line ends each token. Point "
-        "at a token for its numbers. Texts were written by a model.</p>",
+        f"<title>{escape(title)}</title><style>{CSS}{_CSS}</style>",
+        f"<h1>{escape(title)}</h1><p class='note'>{escape(note)}</p>",
+        "<p class='note'>Prompt in grey, then the completion; a thin line ends each token. Hover "
+        "over a token for its numbers. Texts were written by a model.</p>",
     ]
     for name, heading, unit, colour in TRACKS:
         if rows[0][name] is not None:
-            parts.append(_track(rows, name, heading, unit, colour, _said(prompt)))
+            parts.append(_track(rows, name, heading, unit, colour, _prompt_text(prompt)))
     parts.append("<h2>All numbers</h2><div class='wide'><table><tr>")
     parts += [f"<th{_left(name)}>{name.replace('_', ' ')}</th>" for name in COLUMNS]
     parts.append("</tr>")
@@ -222,35 +210,35 @@ def _page(rows: Sequence[dict[str, Any]], title: str, prompt: Prompt, note: str)
 def _track(
     rows: Sequence[dict[str, Any]], name: str, heading: str, unit: str, colour: str, prompt: str
 ) -> str:
-    """Return the completion with every token on the colour of one number, and the scale of it."""
+    """Return the completion, each token coloured by one number, and the colour scale."""
     values = [float(row[name]) for row in rows]
-    most = max((abs(v) for v in values), default=0.0) or 1.0
+    largest = max((abs(v) for v in values), default=0.0) or 1.0
     signed = min(values) < 0
     spans = []
     for row, value in zip(rows, values, strict=True):
-        shade = _shade(value / most, colour)
-        told = "; ".join(
+        shade = _shade(value / largest, colour)
+        numbers = "; ".join(
             f"{column.replace('_', ' ')} {_cell(row[column])}"
             for column in COLUMNS[3:]
             if row[column] is not None
         )
-        text = _text(_visible(row["token"]))
-        spans.append(f'<span style="background:{shade}" title="{html.escape(told)}">{text}</span>')
-    ends = [-most, 0.0, most] if signed else [0.0, most]
-    stops = ", ".join(_shade(end / most, colour) for end in ends)
-    low, high = number(ends[0], most), number(most)
+        text = escape(_visible(row["token"]))
+        spans.append(f'<span style="background:{shade}" title="{escape(numbers)}">{text}</span>')
+    ends = [-largest, 0.0, largest] if signed else [0.0, largest]
+    stops = ", ".join(_shade(end / largest, colour) for end in ends)
+    low, high = number(ends[0], largest), number(largest)
     middle = " (white: 0)" if signed else ""
     return (
         f"<h2>{heading}, {unit}</h2>"
         f"<div class='scale'>{low}<i style=\"background:linear-gradient(90deg, {stops})\"></i>"
         f"{high} {unit}{middle}</div>"
-        f"<div class='text'><span class='prompt'>{_text(_visible(prompt))}</span>"
+        f"<div class='text'><span class='prompt'>{escape(_visible(prompt))}</span>"
         f"{''.join(spans)}</div>"
     )
 
 
 def _shade(share: float, colour: str) -> str:
-    """Mix white with a colour; below zero with vermilion. At most 70%: dark text stays readable."""
+    """Mix white with a colour (negative: vermilion), up to 70%: dark text stays readable."""
     colour = colour if share >= 0 else VERMILION
     part = 0.7 * min(1.0, abs(share))
     mixed = (round(255 + part * (int(colour[i : i + 2], 16) - 255)) for i in (1, 3, 5))
@@ -264,8 +252,4 @@ def _left(name: str) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return _text(number(value, 0.01) if isinstance(value, float) else _visible(str(value)))
-
-
-def _text(text: str) -> str:
-    return html.escape(clean(text))
+    return escape(number(value, 0.01) if isinstance(value, float) else _visible(str(value)))

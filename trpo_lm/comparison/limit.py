@@ -1,13 +1,13 @@
 """The best score attainable at each KL.
 
-Of all policies at some distance from the reference, the one with the highest score is the tilted
+Of all policies at a given KL from the reference, the one with the highest score is the tilted
 reference
 
     pi_beta(y|x) = pi_ref(y|x) exp(score(x, y) / beta) / Z(x)
 
-for some beta. Its score and its KL need no training: n samples of the reference for each prompt,
-weighted in proportion to exp(score / beta). Reweighting cannot reach beyond log n nats, so the
-curve ends at KL = log(n) / 2.
+for some beta. Its score and KL are estimated without training, from n samples of the reference for
+each prompt, weighted in proportion to exp(score / beta). Reweighting cannot reach beyond log n
+nats, so the curve ends at KL = log(n) / 2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trpo_lm.lm.mdp import TokenMDP
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompt
 
-PROMPTS_AT_ONCE = 16  # times n samples: what is sampled between two calls of `progress`
+PROMPTS_AT_ONCE = 16  # each with n samples; `progress` is called after every so many
 
 
 def tilted(scores: Tensor, beta: float) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def tilted(scores: Tensor, beta: float) -> tuple[float, float]:
     Example: scores [[0, 1]] and beta -> 0 give all weight to one of two samples: (log 2, 1).
 
     Args:
-        scores: n samples of the reference for each of P prompts, (P, n); nan where there is none.
+        scores: n samples of the reference for each of P prompts, (P, n); nan if missing.
         beta: Temperature of the tilt, units of the score, > 0.
     """
     present = ~scores.isnan()
@@ -48,11 +48,11 @@ def tilted(scores: Tensor, beta: float) -> tuple[float, float]:
 def limit_curve(scores: Tensor, *, points: int = 60) -> list[dict[str, float | None]]:
     """Return the limit as rows of `beta`, `ref_kl` (nats per completion) and `score`, by KL.
 
-    The first row is the reference itself (beta None, that is infinite).
+    The first row is the reference itself (beta None, i.e. infinite).
 
     Args:
-        scores: (P, n), as in `tilted`; prompts with fewer than two samples are left out.
-        points: Values of beta tried, a geometric grid around the spread within a prompt.
+        scores: (P, n), as in `tilted`; prompts with fewer than two samples are ignored.
+        points: Values of beta, a geometric grid around the spread within a prompt.
     """
     scores = scores.double()[(~scores.isnan()).sum(-1) > 1]
     centred = scores - scores.nanmean(-1, keepdim=True)
@@ -82,7 +82,7 @@ def reference_scores(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return the scores of `samples` completions of the reference for each prompt, (P, samples)."""
-    found = []
+    scores = []
     with policy.reference():
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             part = slice(start, start + PROMPTS_AT_ONCE)
@@ -93,6 +93,6 @@ def reference_scores(
                 columns={name: values[part] for name, values in columns.items()},
                 seed=(*seed, start),
             )
-            found.append(rollout.scores.score.reshape(-1, samples))
+            scores.append(rollout.scores.score.reshape(-1, samples))
             progress(min(start + PROMPTS_AT_ONCE, len(prompts)))
-    return torch.cat(found)
+    return torch.cat(scores)

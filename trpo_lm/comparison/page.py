@@ -1,57 +1,47 @@
-"""The page of a comparison: one HTML file that opens without a network.
+"""The page of a comparison: one HTML file without scripts or network access.
 
-Pictures are inside, there is no script, and all text is escaped. What it shows is `comparison`'s. A
-comparison that is still running, or of last year, can be drawn again:
-`python -m trpo_lm.comparison_page FOLDER`, and with `--frontier FILE.png` its first figure alone.
+Pictures are embedded and all text is escaped. A comparison that is still running, or an old one,
+can be redrawn: `python -m trpo_lm.comparison_page FOLDER`, and with `--frontier FILE.png` its first
+figure alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import csv
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from trpo_lm.cli import redraw
+from trpo_lm.comparison.figures import FIGURES
 from trpo_lm.comparison.results import (
-    FIGURES,
     MANY,
     RUNAWAY_KL,
-    Arm,
+    ArmResults,
     Comparison,
-    Table,
     at_equal_kl,
-    kept_promises,
     load_comparison,
+    outcomes,
 )
-from trpo_lm.report.figures import STYLE, _column
-from trpo_lm.report.format import clean, number
+from trpo_lm.report.format import number
+from trpo_lm.report.html import CSS, escape
+from trpo_lm.report.run_log import column
 from trpo_lm.report.statistics import bootstrap_interval, mean
+from trpo_lm.report.style import Table, save_figure, save_png, write_csv
 
 _NAMES = ("model", "reward_model", "judge")
-NONE = "-"  # in a cell: there is no such number
+NONE = "-"  # a cell without a number
 
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, .note { color: #555;
-       font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right;
-       vertical-align: top; font-variant-numeric: tabular-nums; }
-th { color: #555; font-weight: 600; vertical-align: bottom; }
-td.t, th.t { text-align: left; } td.t:first-child { white-space: nowrap; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; }
+table { font-size: .88rem; margin: .5rem 0; } th, td { padding: .3rem .6rem; }
+td { vertical-align: top; } th { font-weight: 600; } td.t:first-child { white-space: nowrap; }
 small { display: block; color: #777; font-size: .8rem; white-space: nowrap; }
 .key { display: inline-block; min-width: 1.4em; border-radius: 1em; color: #fff; text-align: center;
        font-size: .78rem; padding: 0 .25em; }
@@ -59,7 +49,7 @@ small { display: block; color: #777; font-size: .8rem; white-space: nowrap; }
 
 
 class _Html(str):
-    """Text that is HTML already."""
+    """Markup, which `_cell` does not escape."""
 
 
 def _cell(value: Any, digits: int = 3) -> str:
@@ -67,11 +57,11 @@ def _cell(value: Any, digits: int = 3) -> str:
         return value
     if isinstance(value, float):
         return f"{value:.{digits}f}" if np.isfinite(value) else NONE
-    return NONE if value is None else html.escape(clean(value))
+    return NONE if value is None else escape(value)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 3) -> str:
-    """Return an HTML table; everything is escaped, numbers stand to the right."""
+    """Return an HTML table with its cells escaped and numbers aligned right."""
     texts = [
         any(
             isinstance(row[i], str)
@@ -83,27 +73,27 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 3
     ]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
-        made = (
+        parts = (
             f"<{tag}{' class=t' if text else ''}>{_cell(cell, digits)}</{tag}>"
             for cell, text in zip(cells, texts, strict=True)
         )
-        return f"<tr>{''.join(made)}</tr>"
+        return f"<tr>{''.join(parts)}</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
     return f"<div class=wide><table>\n{line('th', header)}\n{body}\n</table></div>"
 
 
-def _badge(arm: Arm) -> _Html:
+def _badge(arm: ArmResults) -> _Html:
     colour = "#" + "".join(f"{round(255 * x):02x}" for x in arm.colour)
     return _Html(f'<span class=key style="background:{colour}">{arm.number}</span>')
 
 
-def _key(arm: Arm) -> _Html:
-    return _Html(f"{_badge(arm)} {html.escape(clean(arm.name))}")
+def _key(arm: ArmResults) -> _Html:
+    return _Html(f"{_badge(arm)} {escape(arm.name)}")
 
 
 def _spread(values: np.ndarray, digits: int = 3) -> _Html:
-    """Return the mean, and its interval below it."""
+    """Return the mean with its interval below."""
     middle = mean(values)
     if not np.isfinite(middle):
         return _Html(NONE)
@@ -115,14 +105,14 @@ def _interval(low: float, high: float, form: str) -> str:
 
 
 def _headline(rows: list[dict[str, Any]]) -> str:
-    """Compare each of the first algorithm's arms with all others' best, and with each one's."""
+    """Compare the first algorithm's arms with the best of all others, then of each."""
     if not rows:
         return ""
     arms = list(dict.fromkeys(row["arm"].number for row in rows))
     of_arm = {n: [row for row in rows if row["arm"].number == n] for n in arms}
-    best = [max(found, key=lambda row: row["rival_score"]) for found in of_arm.values()]
+    best = [max(rivals, key=lambda row: row["rival_score"]) for rivals in of_arm.values()]
     algorithm = rows[0]["arm"].algorithm
-    header = ["arm", "KL, nats", "score", "best other arm there", "its KL", "its score",
+    header = ["arm", "KL, nats", "score", "best competing arm", "its KL", "its score",
               "difference"]  # fmt: skip
 
     def table(rows: list[dict[str, Any]]) -> str:
@@ -136,12 +126,12 @@ def _headline(rows: list[dict[str, Any]]) -> str:
         ])  # fmt: skip
 
     return (
-        f"<h2>At equal KL to the reference: {_cell(algorithm)} less the best other arm</h2>"
+        f"<h2>At equal KL to the reference: {_cell(algorithm)} minus the best competing arm</h2>"
         + table(best)
         + _note(
-            "Mean scores on training prompts. The other arm is taken where it last had the KL at "
-            "which the first one ended, seed by seed; where its KL is less, it never came that "
-            "far. It is chosen after the fact, which favours whoever has more arms."
+            "Mean scores on training prompts. Seed by seed, the competing arm is read where its KL "
+            "last equalled the first arm's final KL; a smaller KL means that it never got that "
+            "far. It is chosen after the fact, which favours algorithms with more arms."
         )
         + "<details><summary>Against the best arm of each algorithm</summary>"
         + table(rows)
@@ -156,24 +146,24 @@ def _results(c: Comparison) -> str:
         score, kl = arm.values("score"), arm.values("ref_kl")
         limit = c.limit_at(mean(kl))
         gain = limit - base["score"]
-        gained = (mean(score) - base["score"]) / gain if gain > 0 else float("nan")
-        asked = arm.asked_kl
+        share = (mean(score) - base["score"]) / gain if gain > 0 else float("nan")
+        target = arm.target_kl
         rows.append(
             [
                 _key(arm), len(arm.runs), _spread(score), _spread(kl, 2),
-                NONE if asked is None else number(asked),
-                NONE if gained != gained else f"{gained:.0%}",
+                NONE if target is None else number(target),
+                NONE if share != share else f"{share:.0%}",
             ]
         )  # fmt: skip
     header = ["arm", "seeds", "held-out score", "KL to the reference, nats", "asked for",
-              "of what is possible at that KL"]  # fmt: skip
+              "share of the possible gain"]  # fmt: skip
     return _table(header, rows) + _note(
-        "Below each mean its 95% interval over seeds. What is possible: the score that the limit "
-        f"gains over the reference at that KL; it is known up to {c.limit_kl:.1f} nats."
+        "Below each mean: its 95% interval over seeds. Possible gain: that of the limit over the "
+        f"reference at the same KL; the limit is known up to {c.limit_kl:.1f} nats."
     )
 
 
-def _aftermath(c: Comparison) -> str:
+def _side_effects(c: Comparison) -> str:
     base = c.reference["held_out"]
     columns = {
         "judge": ("judge's score", 3), "nll": ("loss on the reference's text, nats per token", 3),
@@ -190,14 +180,14 @@ def _aftermath(c: Comparison) -> str:
     return _table(["arm", *(title for title, _ in columns.values())], rows)
 
 
-def _seeds(c: Comparison) -> Table:
+def _run_table(c: Comparison) -> Table:
     header = ["arm", "seed", "score", "ref_kl", "judge", "nll", "distinct_2", "duplicates",
               "worst_update_kl", "rejected", "fault"]  # fmt: skip
     rows = []
     for arm in c.arms:
         for run in arm.runs:
-            kl = _column(run.rows, "trust_region/kl")
-            rejected = int((_column(run.rows, "line_search/accepted") == 0).sum())
+            kl = column(run.rows, "trust_region/kl")
+            rejected = int((column(run.rows, "line_search/accepted") == 0).sum())
             held = [run.held_out(n) for n in ("score", "ref_kl", "judge", "nll", "distinct_2",
                                               "duplicates")]  # fmt: skip
             worst = float(np.nanmax(kl)) if np.isfinite(kl).any() else float("nan")
@@ -209,12 +199,12 @@ def _costs(c: Comparison) -> str:
     phases = ["rollout", "score", "update", "value", "total"]
     rows = []
     for arm in c.arms:
-        seconds = [mean(np.array([np.nansum(_column(run.rows, f"time/{p}")) for run in arm.runs]))
+        seconds = [mean(np.array([np.nansum(column(run.rows, f"time/{p}")) for run in arm.runs]))
                    for p in phases]  # fmt: skip
         passes = mean(np.array([float(run.result.get("passes") or np.nan) for run in arm.runs]))
         sampled = arm.runs[0].rows[-1]["completions"] if arm.runs[0].rows else None
         rows.append([_key(arm), sampled, *seconds, passes])
-    header = ["arm", "completions", *(f"{p}, s" for p in phases), "forward passes a completion"]
+    header = ["arm", "completions", *(f"{p}, s" for p in phases), "forward passes per completion"]
     return _table(header, rows, digits=1)
 
 
@@ -225,54 +215,59 @@ def _settings(c: Comparison) -> str:
         n for n in names
         if all(n in spec and spec[n] == c.arms[0].spec.get(n) for spec in specs.values())
     ]  # fmt: skip
-    own = [n for n in names if n not in common]
-    shown = [[n, *(str(spec[n]) if n in spec else NONE for spec in specs.values())] for n in own]
-    both = [[n, str(c.arms[0].spec[n])] for n in common]
+    different = [
+        [n, *(str(spec[n]) if n in spec else NONE for spec in specs.values())]
+        for n in names if n not in common
+    ]  # fmt: skip
+    shared = [[n, str(c.arms[0].spec[n])] for n in common]
     return (
-        _table(["setting", *map(_key if len(c.arms) <= MANY else _badge, c.arms)], shown)
+        _table(["setting", *map(_key if len(c.arms) <= MANY else _badge, c.arms)], different)
         + "<details><summary>Settings that all arms share</summary>"
-        + _table(["setting", "value"], both) + "</details>"
+        + _table(["setting", "value"], shared) + "</details>"
     )  # fmt: skip
 
 
 def _samples(c: Comparison) -> str:
     parts = []
     for i, before in enumerate(c.reference["samples"][:6]):
-        rows: list[list[Any]] = [["reference", before["completion"], f"{before['score']:.2f}"]]
+        rows: list[list[Any]] = [["reference", before["completion"], before["score"]]]
         for arm in c.featured:
             after = (arm.runs[0].result.get("samples") or [])[i : i + 1]
-            rows += [[_key(arm), s["completion"], f"{s['score']:.2f}"] for s in after]
+            rows += [[_key(arm), s["completion"], s["score"]] for s in after]
         prompt = before["prompt"]
-        shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-        parts.append(f"<h3>{_cell(shown)} …</h3>" + _table(["", "completion", "score"], rows))
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        parts.append(
+            f"<h3>{escape(text)} …</h3>" + _table(["", "completion", "score"], rows, digits=2)
+        )
     return "\n".join(parts)
 
 
 def write_page(folder: str | Path) -> Path:
-    """Draw every figure (PNG and CSV in `figures/`), and write `results.csv` and the page.
+    """Write the page, its figures (PNG and CSV in `figures/`), and `results.csv`.
 
     Returns:
         The page, `comparison.html`.
 
     Raises:
-        TrpoLMError: If no run is finished yet.
+        TrpoLMError: If no run is finished.
     """
     folder = Path(folder)
     c = load_comparison(folder)
     frontier, *figures = _figures(c, folder / "figures")
-    _write_csv(folder / "results.csv", _seeds(c))
+    write_csv(folder / "results.csv", _run_table(c))
     parts = [
         _introduction(c), frontier, _headline(at_equal_kl(c)),
         "<h2>Results on held-out prompts</h2>", _results(c),
-        "<h3>Did it end where it was asked to?</h3>", _promises(c),
+        "<h3>Did runs end at the KL asked for?</h3>", _outcomes(c),
         "<h2>What the KL is for</h2>",
         _note(
-            "A good policy pleases a judge that it was not trained on, has forgotten nothing (the "
-            "loss on text of the reference stays at the reference's), and does not repeat itself."
+            "A good policy also scores well with a judge that it was not trained on, forgets "
+            "nothing (its loss on the reference's text stays at the reference's own), and does not "
+            "repeat itself."
         ),
-        _aftermath(c),
-        "<h2>On the way</h2>", *figures,
-        "<h2>Samples</h2>", _note("Held-out prompts, first seed, nothing chosen."), _samples(c),
+        _side_effects(c),
+        "<h2>During training</h2>", *figures,
+        "<h2>Samples</h2>", _note("Held-out prompts, first seed, not selected."), _samples(c),
         "<h2>Every run</h2>", _every_run(c),
         "<h2>Cost</h2>",
         _note(
@@ -286,7 +281,7 @@ def write_page(folder: str | Path) -> Path:
     page.write_text(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>Comparison</title><style>{_CSS}</style></head>\n<body>"
+        f"<title>Comparison</title><style>{CSS}{_CSS}</style></head>\n<body>"
         + "\n".join(parts)
         + "</body></html>\n",
         encoding="utf-8",
@@ -295,30 +290,17 @@ def write_page(folder: str | Path) -> Path:
 
 
 def _figures(c: Comparison, folder: Path) -> list[str]:
-    """Draw the figures that there are numbers for; return them as HTML."""
+    """Draw the figures that have numbers; return them as HTML."""
     folder.mkdir(exist_ok=True)
-    made = []
-    for stem, (_, caption) in FIGURES.items():
-        table = _draw(stem, c, folder / f"{stem}.png")
-        if table is None:
-            continue
-        _write_csv(folder / f"{stem}.csv", table)
-        image = base64.b64encode((folder / f"{stem}.png").read_bytes()).decode()
-        made.append(
-            f'<figure><img alt="{stem}" src="data:image/png;base64,{image}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
-    return made
-
-
-def _draw(stem: str, c: Comparison, file: Path) -> Table | None:
-    """Draw one figure; None, and no file, where there is nothing to draw."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure()
-        table = FIGURES[stem][0](figure, c)
-        if table is not None:
-            figure.savefig(file, format="png")
-    return table
+    parts = []
+    for stem, (draw, caption) in FIGURES.items():
+        if files := save_figure(folder / stem, draw, c):
+            image = base64.b64encode(files[0].read_bytes()).decode()
+            parts.append(
+                f'<figure><img alt="{stem}" src="data:image/png;base64,{image}">'
+                f"<figcaption>{escape(caption)}</figcaption></figure>"
+            )
+    return parts
 
 
 def _introduction(c: Comparison) -> str:
@@ -334,51 +316,44 @@ def _introduction(c: Comparison) -> str:
     )
 
 
-def _promises(c: Comparison) -> str:
+def _outcomes(c: Comparison) -> str:
     header = ["algorithm", "runs", "within 10% of the KL asked for", "collapsed"]
     return (
-        _table(header, kept_promises(c))
+        _table(header, outcomes(c))
         + _note(
-            "* told a price, not a distance: counted is whether a run ends within "
-            "10% of any of the distances that others were asked for."
+            "* with a price instead of a target: a run counts if it ends within 10% of any KL that "
+            "other arms were asked for."
         )
-        + _note("A run that stopped before it had come to its distance is not counted as near it.")
+        + _note("A run that stopped short of its target does not count as near it.")
         + _note(
-            f"Collapsed: score below the reference's, more than {RUNAWAY_KL:g} nats, or a policy "
-            "that could not be sampled."
+            f"Collapsed: a score below the reference's, a KL above {RUNAWAY_KL:g} nats, or a "
+            "policy that could not be sampled."
         )
     )
 
 
 def _every_run(c: Comparison) -> str:
     arms = [arm for arm in c.arms for _ in arm.runs]
-    rows = [[_key(arm), *row[1:]] for arm, row in zip(arms, _seeds(c)[1], strict=True)]
+    rows = [[_key(arm), *row[1:]] for arm, row in zip(arms, _run_table(c)[1], strict=True)]
     header = ["arm", "seed", "score", "KL, nats", "judge", "loss", "distinct pairs", "repeated",
               "largest KL of an update", "rejected steps", "fault"]  # fmt: skip
-    shown = slice(None if any(row[-1] for row in rows) else -1)
-    return _table(header[shown], [row[shown] for row in rows])
+    columns = slice(None if any(row[-1] for row in rows) else -1)  # faults, if there are any
+    return _table(header[columns], [row[columns] for row in rows])
 
 
 def _note(text: str) -> str:
-    return f"<p class=note>{html.escape(text)}</p>"
-
-
-def _write_csv(path: Path, table: Table) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(table[0])
-        writer.writerows(table[1])
+    return f"<p class=note>{escape(text)}</p>"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the page of a comparison again; return the exit code."""
+    """Redraw the page of a comparison."""
     parser = argparse.ArgumentParser(
         prog="python -m trpo_lm.comparison_page", description=main.__doc__
     )
     parser.add_argument("folder", help="output_dir of recipes/compare.py")
     parser.add_argument(
         "--frontier", metavar="FILE.png", type=Path,
-        help="draw only the frontier, with few arms, into this file",
+        help="draw only the frontier of the featured arms, into this file",
     )  # fmt: skip
     args = parser.parse_args(arguments)
 
@@ -387,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(write_page(args.folder))
         else:
             c = load_comparison(args.folder)
-            _draw("frontier", replace(c, arms=c.featured), args.frontier)
+            save_png(args.frontier, FIGURES["frontier"][0], replace(c, arms=c.featured))
             print(args.frontier)
 
     return redraw(draw)

@@ -1,5 +1,5 @@
-"""What is drawn and written from the files of a run: figures, statistics, the model card.
+"""Figures, statistics and the model card of a run, from its files.
 
-Imports numpy and matplotlib, no torch and, of this package, only the modules beside the folders: a
-run of last year can be drawn again without its model.
+Imports numpy and matplotlib, no torch, and of this package only the modules outside the folders: an
+old run can be redrawn without its model.
 """

@@ -1,4 +1,4 @@
-"""`python -m trpo_lm.report RUN`: draw the figures of a run again."""
+"""`python -m trpo_lm.report RUN`: redraw the figures of a run."""
 
 from trpo_lm.report.figures import main
 

@@ -1,4 +1,4 @@
-"""Numbers and foreign text as people read them, on a terminal or a page."""
+"""Numbers and untrusted text, formatted for a terminal or a page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def clean(text: Any) -> str:
 
 
 def number(value: float, scale: float | None = None) -> str:
-    """Format `value` with two decimals; with more where `scale` needs them for two digits."""
+    """Format `value` with two decimals; more if `scale` needs them for two digits."""
     size = abs(value if scale is None else scale)
     if size and not 1e-6 < size < 1e6:
         return f"{value:.3g}"

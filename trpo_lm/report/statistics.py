@@ -1,4 +1,4 @@
-"""Means and intervals of a few measurements."""
+"""Statistics of a few measurements, some of which may be missing (nan)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import numpy as np
 
 
 def mean(values: np.ndarray) -> float:
-    """Return the mean of what is finite; nan where nothing is."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    """Return the mean of the finite values; nan if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def largest(values: np.ndarray) -> float:
+    """Return the largest finite value, at least 0."""
+    return float(values[np.isfinite(values)].max(initial=0))
 
 
 def bootstrap_interval(
@@ -19,13 +24,13 @@ def bootstrap_interval(
     """Return the 95% percentile bootstrap interval of the mean; nan for fewer than two values.
 
     Args:
-        values: One for each seed; what is not finite is left out.
+        values: One for each seed; those that are not finite are ignored.
         draws: Resamples; their seed is fixed, so that a page is the same whenever it is drawn.
     """
-    known = np.asarray(values, dtype=float)
-    known = known[np.isfinite(known)]
-    if len(known) < 2:
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if len(finite) < 2:
         return float("nan"), float("nan")
-    rows = np.random.default_rng(0).integers(len(known), size=(draws, len(known)))
-    low, high = np.percentile(known[rows].mean(axis=1), [2.5, 97.5])
+    rows = np.random.default_rng(0).integers(len(finite), size=(draws, len(finite)))
+    low, high = np.percentile(finite[rows].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)

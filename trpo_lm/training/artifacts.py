@@ -22,7 +22,8 @@ from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
-from trpo_lm.report.figures import model_card, plot_run, summary
+from trpo_lm.report.figures import plot_run
+from trpo_lm.report.model_card import model_card, summary
 from trpo_lm.training import checkpoint as checkpoints
 from trpo_lm.training.console import Console
 
