@@ -62,13 +62,13 @@ def test_tied_and_untied_heads(kind, tied):
     update(policy, batch, max_kl=0.01)
 
 
-def test_push_and_pull_are_the_tempered_head_and_its_transpose():
+def test_head_jvp_and_vjp_are_the_tempered_head_and_its_transpose():
     policy = tiny.policy("llama", dtype=torch.float64, temperature=0.7)
     x = torch.randn(3, 8, dtype=torch.float64)
     z = torch.randn(3, tiny.V, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     logits = policy.head(leaf) / 0.7
-    Jx, JTz = policy.push(x), policy.pull(z)
+    Jx, JTz = policy.head_jvp(x), policy.head_vjp(z)
     torch.testing.assert_close(Jx, logits.detach())
     torch.testing.assert_close(JTz, torch.autograd.grad(logits, leaf, z)[0])
     assert float((Jx * z).sum()) == pytest.approx(float((x * JTz).sum()))
@@ -82,7 +82,7 @@ def test_a_bias_of_the_head_is_part_of_the_policy_and_not_of_its_change():
     torch.testing.assert_close(
         policy.logprobs(x), (x @ model.lm_head.weight.T + model.lm_head.bias).log_softmax(-1)
     )
-    torch.testing.assert_close(policy.push(x), x @ model.lm_head.weight.T)
+    torch.testing.assert_close(policy.head_jvp(x), x @ model.lm_head.weight.T)
 
 
 def test_cotangents_do_not_depend_on_chunks(monkeypatch):

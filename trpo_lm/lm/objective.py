@@ -183,7 +183,7 @@ def head_curvature(policy: Policy, features: Tensor) -> Product:
     def product(u: Tensor) -> Tensor:
         each = cached if cached is not None else (curvature(s) for s in slices)
         parts = zip(slices, each, strict=True)
-        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in parts])
+        return torch.cat([policy.head_vjp(H(policy.head_jvp(u[s]))) for s, H in parts])
 
     return product
 

@@ -205,12 +205,12 @@ class Policy:
         logits = logits.to(dtype)
         return log_softmax(logits if self.temperature == 1.0 else logits / self.temperature)
 
-    def push(self, tangent: Tensor) -> Tensor:
+    def head_jvp(self, tangent: Tensor) -> Tensor:
         """Map a tangent of the features (n, D) to one of the tempered logits, (n, V)."""
         change = tangent if self.head is None else linear(tangent, self.head.weight)
         return change / self.temperature
 
-    def pull(self, cotangent: Tensor) -> Tensor:
+    def head_vjp(self, cotangent: Tensor) -> Tensor:
         """Map a cotangent of the tempered logits (n, V) to one of the features, (n, D)."""
         if self.head is not None:
             cotangent = cotangent.to(self.head.weight.dtype) @ self.head.weight
@@ -236,7 +236,7 @@ class Policy:
             The gradient of each scalar by the features, (S, D) each.
         """
         parts = [
-            [self.pull(slope) for slope in slopes(self.logprobs(features[chunk]), chunk)]
+            [self.head_vjp(slope) for slope in slopes(self.logprobs(features[chunk]), chunk)]
             for chunk in self.chunks(len(features))
         ]
         return [torch.cat(column) for column in zip(*parts, strict=True)]
