@@ -503,10 +503,10 @@ def test_R13_scale_and_shift_of_rewards_leave_the_step_alone():
         algorithm = TRPO(max_kl=0.01, lam=0.5)
         A = algorithm.advantages(batch, tiny.identity)
         batch.advantages = A[batch.rollout.action_mask].to(batch.old_logprobs)
-        before = policy.parameters.flatten(policy.parameters.snapshot())
+        before = policy.parameters.vector()
         row = algorithm.update(policy, batch, tiny.identity, algorithm.init_state(policy))
         assert row["line_search/accepted"]
-        found.append(policy.parameters.flatten(policy.parameters.snapshot()) - before)
+        found.append(policy.parameters.vector() - before)
     for step in found[1:]:
         assert relative(step, found[0]) <= 1e-4
 
@@ -527,7 +527,7 @@ def test_the_step_inside_the_plane_of_both_gradients_with_truncated_solves():
             theta, g, b, lambda v: F @ v, lambda: Measurement(1e30, 0.0, 0.0), settings,
             radius=1e-4, damping=0.3, ref_kl=k, budget=budget,
         )  # fmt: skip
-        after = theta.flatten(theta.snapshot())
+        after = theta.vector()
         theta.restore(before)
         x = after - theta.flatten(before)
         step = update.step
@@ -546,7 +546,7 @@ def test_hessian_products_and_fisher_products_take_the_same_step(monkeypatch):
     settings = {"max_kl": 1e-3, "max_ref_kl": 5.0, **EXACT, "cg_iterations": 8, "damping": 0.1}
     one = tiny.policy(dtype=torch.float64, spread=0.4)
     batch = tiny.batch(one, length=3)
-    start = one.parameters.flatten(one.parameters.snapshot())
+    start = one.parameters.vector()
     algorithm = TRPO(**settings, fisher_completions=WIDE)
     algorithm.update(one, batch, tiny.identity, algorithm.init_state(one))
     two = tiny.policy(dtype=torch.float64, spread=0.4)
@@ -566,7 +566,7 @@ def test_hessian_products_and_fisher_products_take_the_same_step(monkeypatch):
         TRPOSettings(**settings),
     )
     assert update.search.accepted
-    a, b = (p.parameters.flatten(p.parameters.snapshot()) - start for p in (one, two))
+    a, b = (p.parameters.vector() - start for p in (one, two))
     assert relative(a / a.norm(), b / b.norm()) < 1e-6
 
 

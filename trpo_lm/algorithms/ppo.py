@@ -53,7 +53,7 @@ class PPO(PPOSettings):
     def init_state(self, policy: Policy) -> dict[str, Any]:
         """Return Adam's moments, (M,) each, its step count, and the present price of the KL."""
         theta = policy.parameters
-        zeros = theta.flatten([None] * len(theta.tensors))
+        zeros = theta.zeros()
         return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": 0.0, "beta": self.beta}
 
     def rewards(self, batch: Batch, state: dict[str, Any]) -> Tensor:
@@ -93,7 +93,7 @@ class PPO(PPOSettings):
             seed: What the order of the minibatches derives from.
         """
         theta = policy.parameters
-        flat = torch.nn.Parameter(theta.flatten(theta.tensors).detach())
+        flat = torch.nn.Parameter(theta.vector())
         adam = torch.optim.Adam([flat], lr=self.learning_rate)
         adam.state[flat] = {
             "step": torch.tensor(state["step"]),
@@ -127,7 +127,7 @@ class PPO(PPOSettings):
     def _gradient(self, policy: Policy, batch: Batch, reduce: Reduce, rows: Tensor) -> Tensor:
         """Return the gradient of the clipped surrogate on some rows, (M,), a mean over tokens."""
         r, theta = batch.rollout, policy.parameters
-        total = theta.flatten([None] * len(theta.tensors))
+        total = theta.zeros()
         for part, tokens in batch.micro_batches(rows):
             features = policy.features(*r.model_inputs(part))
 

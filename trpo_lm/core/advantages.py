@@ -6,12 +6,12 @@ padding holds zeros in the result. Rewards may be any scale: work in float64 and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-EQUAL = 1e-12  # values that differ by less than this share of their size differ by rounding
+from trpo_lm.core.parameters import Reduce
+
+EQUAL = 1e-12  # relative difference up to which values are equal but for rounding
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
@@ -97,7 +97,7 @@ def _group_sums(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return total, count, present
 
 
-def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def whiten(advantages: Tensor, mask: Tensor, reduce: Reduce) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over all masked tokens of all ranks.
 
     Args:

@@ -7,10 +7,12 @@ A step is  theta = theta_old + scale * x;  a rejected step puts back the very bi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over ranks
 
 
 class ParameterVector:
@@ -26,6 +28,14 @@ class ParameterVector:
 
     def __len__(self) -> int:
         return self.size
+
+    def zeros(self) -> Tensor:
+        """Return a zero for each parameter, (M,)."""
+        return self.flatten([None] * len(self.tensors))
+
+    def vector(self) -> Tensor:
+        """Return a copy of theta, (M,), detached."""
+        return self.flatten(self.tensors).detach()
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Concatenate one tensor per parameter into (M,); None (no gradient) counts as zero."""

@@ -155,7 +155,7 @@ def _finite_difference(
         )  # fmt: skip
 
     def slope() -> Tensor:
-        total = theta.flatten([None] * len(theta.tensors))
+        total = theta.zeros()
         for inputs, before in zip(parts, old, strict=True):
             features = policy.features(*inputs)
 
