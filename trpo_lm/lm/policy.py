@@ -37,7 +37,11 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trpo_lm.core.divergences import log_softmax
-from trpo_lm.core.fisher import constant_slopes, lacks_second_derivative, twice_differentiable
+from trpo_lm.core.fisher import (
+    lacks_second_derivative,
+    linearised_activations,
+    twice_differentiable,
+)
 from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.loading import load_model, require_single_device, trainable_tensors, with_adapter
@@ -176,7 +180,7 @@ class Policy:
         Activations are kept even under gradient checkpointing: the graph is reused, so it must not
         be recomputed with other kernels.
         """
-        with twice_differentiable(), constant_slopes(self._activations):
+        with twice_differentiable(), linearised_activations(self._activations):
             return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
 
     def graph_bytes(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> int:
