@@ -272,10 +272,10 @@ def test_finite_differences_are_refused_in_half_precision():
 @pytest.mark.parametrize("function", [torch.nn.SiLU(), torch.nn.GELU("tanh"), torch.nn.ReLU()])
 def test_linearised_activations_change_no_product_with_the_jacobian(function):
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    kept = function.forward = lambda z: type(function).forward(function, z)  # as a hook would
+    forward = function.forward = lambda z: type(function).forward(function, z)  # as a hook would
     with linearised_activations([function]):
         y = function(x)
-    assert function.forward is kept
+    assert function.forward is forward
     torch.testing.assert_close(y, function(x))
     u = torch.zeros_like(y, requires_grad=True)
     (vjp,) = torch.autograd.grad(y, x, u, create_graph=True)

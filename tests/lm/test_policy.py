@@ -43,9 +43,9 @@ def test_logprobs_of_features_are_the_models_own(kind, temperature):
     assert (policy.head is None) == (kind == "gemma2")
     with torch.no_grad():
         expected = tiny.own_logits(policy, batch.rollout).float().log_softmax(-1)
-        found = policy.logprobs(policy.features(*inputs(batch)))
-    assert found.dtype == torch.float32
-    assert float((found - expected).abs().max()) < 2e-5
+        logprobs = policy.logprobs(policy.features(*inputs(batch)))
+    assert logprobs.dtype == torch.float32
+    assert float((logprobs - expected).abs().max()) < 2e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -57,8 +57,8 @@ def test_tied_and_untied_heads(kind, tied):
     batch = tiny.batch(policy, each=1)
     with torch.no_grad():
         expected = tiny.own_logits(policy, batch.rollout).log_softmax(-1)
-        found = policy.logprobs(policy.features(*inputs(batch)))
-    assert float((found - expected).abs().max()) < 2e-5
+        logprobs = policy.logprobs(policy.features(*inputs(batch)))
+    assert float((logprobs - expected).abs().max()) < 2e-5
     update(policy, batch, max_kl=0.01)
 
 
@@ -97,14 +97,14 @@ def test_cotangents_do_not_depend_on_chunks(monkeypatch):
     leaf = x.clone().requires_grad_()
     logprobs = policy.logprobs(leaf)
     values = [(logprobs * weight).sum(), (logprobs.exp() * weight).sum()]
-    wanted = [torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in values]
+    expected = [torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in values]
     for chunk in (1, 3 * tiny.V, 1 << 21):
         monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_STATES", 1)
         monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_ELEMENTS", chunk)
         sizes = [s.stop - s.start for s in policy.chunks(7)]
         assert sum(sizes) == 7 and max(sizes) == max(1, min(7, chunk // tiny.V))
-        for found, want in zip(policy.cotangents(x, slopes), wanted, strict=True):
-            torch.testing.assert_close(found, want)
+        for cotangent, gradient in zip(policy.cotangents(x, slopes), expected, strict=True):
+            torch.testing.assert_close(cotangent, gradient)
 
 
 # ---- the reference ----
@@ -350,12 +350,12 @@ def test_K06_a_bfloat16_base_with_float32_adapters_takes_a_step(kind):
 
 
 def test_products_in_bfloat16_are_near_those_in_float32():
-    v, found = None, []
+    v, products = None, []
     for dtype in (torch.float32, torch.bfloat16):
         rounded = tiny.build("llama", initializer_range=0.1).bfloat16().to(dtype)  # same weights
         policy = tiny.policy(model=rounded, spread=0.1)
-        if not found:
+        if not products:
             batch = tiny.batch(policy, each=4)
             v = torch.randn(policy.parameters.size)
-        found.append(fisher(policy, batch, tiny.identity, WIDE)(v))
-    assert relative(found[1], found[0]) < 0.03
+        products.append(fisher(policy, batch, tiny.identity, WIDE)(v))
+    assert relative(products[1], products[0]) < 0.03
