@@ -51,8 +51,8 @@ class _Setting(NamedTuple):
         return f"{what}, or none" if self.optional else what
 
 
-class _Given(NamedTuple):
-    """A value as given, not validated yet."""
+class _Entry(NamedTuple):
+    """A value from a file or the command line, not validated yet."""
 
     name: str
     place: str  # file and line, or 'command line'
@@ -90,24 +90,24 @@ def parse(
     settings: dict[str, _Setting] = {}
     for cls in classes:
         settings = _settings_of(cls) | settings
-    words, problems = _split(sys.argv[1:] if argv is None else argv, positional)
-    if "help" in words:
+    flags, problems = _split(sys.argv[1:] if argv is None else argv, positional)
+    if "help" in flags:
         _help_parser(classes, settings, description, positional).print_help()
         raise SystemExit(0)
 
-    config = words.pop("config", None)
-    words.pop("debug", None)
-    given = [] if config is None else _read_yaml(config, problems)
-    for name, texts in words.items():
-        given.append(_Given(name, "command line", shlex.join(texts) or "nothing", texts))
+    config = flags.pop("config", None)
+    flags.pop("debug", None)
+    entries = [] if config is None else _read_yaml(config, problems)
+    for name, words in flags.items():
+        entries.append(_Entry(name, "command line", shlex.join(words) or "nothing", words))
 
     for name in positional:
-        if name not in {g.name for g in given}:
+        if name not in {e.name for e in entries}:
             problems.append(TrpoLMError(f"{name.upper()} is missing", where="command line"))
 
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for name, place, source, value in given:
+    for name, place, source, value in entries:
         if name not in settings:
             problems.append(TrpoLMError(_unknown(name, settings), where=place))
             continue
@@ -159,7 +159,7 @@ def _split(
     argv: Sequence[str], positional: Sequence[str]
 ) -> tuple[dict[str, list[str]], list[TrpoLMError]]:
     """Split words into {flag: its values}; words before any flag are the positional ones."""
-    given: dict[str, list[str]] = {}
+    flags: dict[str, list[str]] = {}
     problems = []
     current = None
     for word in argv:
@@ -167,17 +167,17 @@ def _split(
             word = "--help"
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            current = given[name.replace("-", "_")] = [value] if equals else []
-        elif current is None and len(given) < len(positional):
-            given[positional[len(given)]] = [word]
+            current = flags[name.replace("-", "_")] = [value] if equals else []
+        elif current is None and len(flags) < len(positional):
+            flags[positional[len(flags)]] = [word]
         elif current is None:
             problems.append(TrpoLMError(f"unexpected argument {word!r}", where="command line"))
         else:
             current.append(word)
-    return given, problems
+    return flags, problems
 
 
-def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Given]:
+def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Entry]:
     """Return the settings of a file; errors in the file itself are added to `problems`.
 
     Nodes are read, not the values that YAML makes of them: a message can then quote the source and
@@ -205,7 +205,7 @@ def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Given]:
         problems.append(TrpoLMError(what, where=where, hint=hint))
         return []
 
-    given, lines = [], {}
+    entries, lines = [], {}
     for key, node in root.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else _source(text, key)
         line = key.start_mark.line + 1
@@ -214,8 +214,8 @@ def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Given]:
             what = f"{name} is set twice, first in line {lines[name]}"
             problems.append(TrpoLMError(what, where=place))
         lines.setdefault(name, line)
-        given.append(_Given(name, place, _source(text, node), node))
-    return given
+        entries.append(_Entry(name, place, _source(text, node), node))
+    return entries
 
 
 def _source(text: str, node: yaml.Node) -> str:

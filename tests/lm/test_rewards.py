@@ -217,7 +217,7 @@ def test_R08_a_function_gets_what_its_signature_names():
     "wrong", [lambda x: x, lambda c, /: c, lambda *a: a, lambda answer: answer]
 )
 def test_R08_a_function_that_cannot_take_completions_is_refused(wrong):
-    with pytest.raises(TrpoLMError, match="cannot be given `completions`") as info:
+    with pytest.raises(TrpoLMError, match="needs `completions` or `completion_ids`") as info:
         Rewards(wrong)
     assert all(keyword in str(info.value) for keyword in KEYWORDS) and "columns" in str(info.value)
 
@@ -235,7 +235,7 @@ def test_R08_not_callable_empty_and_unknown_requirements():
 
     rewards = Rewards(needs)
     rewards.check_columns(["answer", "source"])
-    message = r"reward 'needs' requires answer, which is no column of the dataset \(source\)"
+    message = r"reward 'needs' requires answer, which is not a column of the dataset \(source\)"
     with pytest.raises(TrpoLMError, match=message) as info:
         rewards.check_columns(["source"])
     assert "log_metric" in str(info.value)

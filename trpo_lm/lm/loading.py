@@ -1,4 +1,4 @@
-"""Models, adapters and tokenizers: by name or as objects, and never running code of their own."""
+"""Load models, adapters and tokenizers, never running code that comes with them."""
 
 from __future__ import annotations
 
