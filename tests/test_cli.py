@@ -331,7 +331,7 @@ def test_S03_run_name_as_a_link_out_of_the_root(tmp_path):
     outside.mkdir()
     (root / "link").symlink_to(outside)
     (root / "inside").mkdir()
-    with pytest.raises(TrpoLMError, match="leads out"):
+    with pytest.raises(TrpoLMError, match="link to a place outside"):
         check_run_name("link", root=root)
     assert check_run_name("inside", root=root) == "inside"
     assert check_run_name("new", root=root) == "new"

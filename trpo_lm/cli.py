@@ -1,12 +1,12 @@
 """The command line of the recipes: settings from flags and YAML, errors without tracebacks.
 
-The dataclasses of `config.py`, and a recipe's own, are the only list of settings there is; their
-fields become flags here. Nothing is guessed: an unknown key, a wrong type or a value out of range
-is an error that names its file and line, and all of them are reported at once.
+The dataclasses of `config.py`, and a recipe's own, are the only list of settings; their fields
+become flags here. Nothing is guessed: an unknown key, a wrong type or a value out of range is an
+error that names its file and line, and all errors are reported at once.
 
-This module never imports torch, so that `--help` answers at once. It also does without
-`transformers.HfArgumentParser`: the import alone costs 0.7 s, and that parser stops at the first
-error, guesses abbreviations and forgets the lines of a file. argparse only lays out the help text.
+This module never imports torch, so that `--help` answers at once. It does not use
+`transformers.HfArgumentParser`: importing it costs 0.7 s, and that parser stops at the first error,
+guesses abbreviations and does not know the lines of a file. argparse only formats the help text.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class _Setting(NamedTuple):
         return f"{what}, or none" if self.optional else what
 
 
-class _Given(NamedTuple):
-    """A value that someone gave, not yet known to be right."""
+class _Entry(NamedTuple):
+    """A value from a file or the command line, not validated yet."""
 
     name: str
     place: str  # file and line, or 'command line'
-    shown: str  # what was written there
-    value: yaml.Node | list[str]  # the words behind a flag
+    source: str  # the text there
+    value: yaml.Node | list[str]  # the words after a flag
 
 
 def parse(
@@ -72,43 +72,42 @@ def parse(
     The command line wins over the file, the file over the defaults. `--max_kl 0.05`,
     `--max-kl 0.05` and `--max_kl=0.05` are the same; `--bf16` alone means true; `none` or `null` is
     None where None is allowed; a list is `--reward_weights 1 0.5`. `--help` prints the settings and
-    leaves. `--debug` is accepted for `main`. Two classes with a field of the same name share one
-    flag.
+    exits. `--debug` is left to `main`. Two classes with a field of the same name share one flag.
 
     Args:
         classes: Dataclasses whose fields are declared with `trpo_lm.config.option`, of type bool,
             int, float, str, a list of one of them, or one of these or None.
-        argv: The words after the program's name; default: those of this process.
+        argv: The words after the name of the program; default: those of this process.
         description: First paragraph of the help text.
-        positional: Settings that must be given, and may be without their flags, in this order.
+        positional: Required settings, whose flags may be left out in this order.
 
     Returns:
         One instance of each class, in order.
 
     Raises:
-        TrpoLMError: If anything is unknown, mistyped or out of range; one error names them all.
+        TrpoLMError: If anything is unknown, mistyped or out of range; one error lists them all.
     """
     settings: dict[str, _Setting] = {}
     for cls in classes:
         settings = _settings_of(cls) | settings
-    words, problems = _split(sys.argv[1:] if argv is None else argv, positional)
-    if "help" in words:
+    flags, problems = _split(sys.argv[1:] if argv is None else argv, positional)
+    if "help" in flags:
         _help_parser(classes, settings, description, positional).print_help()
         raise SystemExit(0)
 
-    config = words.pop("config", None)
-    words.pop("debug", None)
-    given = [] if config is None else _read_yaml(config, problems)
-    for name, texts in words.items():
-        given.append(_Given(name, "command line", shlex.join(texts) or "nothing", texts))
+    config = flags.pop("config", None)
+    flags.pop("debug", None)
+    entries = [] if config is None else _read_yaml(config, problems)
+    for name, words in flags.items():
+        entries.append(_Entry(name, "command line", shlex.join(words) or "nothing", words))
 
     for name in positional:
-        if name not in {g.name for g in given}:
+        if name not in {e.name for e in entries}:
             problems.append(TrpoLMError(f"{name.upper()} is missing", where="command line"))
 
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for name, place, shown, value in given:
+    for name, place, source, value in entries:
         if name not in settings:
             problems.append(TrpoLMError(_unknown(name, settings), where=place))
             continue
@@ -121,7 +120,7 @@ def parse(
             places[name] = place
         except ValueError as error:
             advice = f" ({error})" if isinstance(error, _Advice) else ""
-            what = f"{name} must be {setting.expected}, not {shown}{advice}"
+            what = f"{name} must be {setting.expected}, not {source}{advice}"
             problems.append(TrpoLMError(what, where=place))
 
     instances = []
@@ -137,7 +136,7 @@ def parse(
 
 
 def _settings_of(cls: type) -> dict[str, _Setting]:
-    """Return the fields of a dataclass that carry a help text."""
+    """Return the fields of a dataclass that have a help text."""
     hints = get_type_hints(cls)
     return {
         f.name: _setting(f.name, hints[f.name], f.default, f.metadata["help"])
@@ -160,7 +159,7 @@ def _split(
     argv: Sequence[str], positional: Sequence[str]
 ) -> tuple[dict[str, list[str]], list[TrpoLMError]]:
     """Split words into {flag: its values}; words before any flag are the positional ones."""
-    given: dict[str, list[str]] = {}
+    flags: dict[str, list[str]] = {}
     problems = []
     current = None
     for word in argv:
@@ -168,21 +167,21 @@ def _split(
             word = "--help"
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            current = given[name.replace("-", "_")] = [value] if equals else []
-        elif current is None and len(given) < len(positional):
-            given[positional[len(given)]] = [word]
+            current = flags[name.replace("-", "_")] = [value] if equals else []
+        elif current is None and len(flags) < len(positional):
+            flags[positional[len(flags)]] = [word]
         elif current is None:
             problems.append(TrpoLMError(f"unexpected argument {word!r}", where="command line"))
         else:
             current.append(word)
-    return given, problems
+    return flags, problems
 
 
-def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Given]:
-    """Return what the file sets; what is wrong with the file itself is added to the problems.
+def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Entry]:
+    """Return the settings of a file; errors in the file itself are added to `problems`.
 
-    The nodes are read rather than what YAML makes of them: so a message can quote the source and
-    its line, `1e-3` is a number (YAML 1.1 calls it text) and `1:30` is not 90.
+    Nodes are read, not the values that YAML makes of them: a message can then quote the source and
+    its line, `1e-3` is a number (text in YAML 1.1) and `1:30` is not 90.
     """
     if len(config) != 1:
         problems.append(TrpoLMError("--config takes one YAML file", where="command line"))
@@ -206,7 +205,7 @@ def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Given]:
         problems.append(TrpoLMError(what, where=where, hint=hint))
         return []
 
-    given, lines = [], {}
+    entries, lines = [], {}
     for key, node in root.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else _source(text, key)
         line = key.start_mark.line + 1
@@ -215,22 +214,22 @@ def _read_yaml(config: list[str], problems: list[TrpoLMError]) -> list[_Given]:
             what = f"{name} is set twice, first in line {lines[name]}"
             problems.append(TrpoLMError(what, where=place))
         lines.setdefault(name, line)
-        given.append(_Given(name, place, _source(text, node), node))
-    return given
+        entries.append(_Entry(name, place, _source(text, node), node))
+    return entries
 
 
 def _source(text: str, node: yaml.Node) -> str:
-    """Return what the file says at a node, shortened to a line."""
-    said = " ".join(text[node.start_mark.index : node.end_mark.index].split()) or "nothing"
-    return said if len(said) <= 60 else said[:57] + "..."
+    """Return the text of a node, shortened to a line."""
+    line = " ".join(text[node.start_mark.index : node.end_mark.index].split()) or "nothing"
+    return line if len(line) <= 60 else line[:57] + "..."
 
 
 class _Advice(ValueError):
-    """A value of the wrong type, and what to do about it."""
+    """A value of the wrong type, with a way to fix it."""
 
 
 def _from_words(words: list[str], setting: _Setting) -> Any:
-    """Convert the words behind a flag; ValueError if they are not what the setting expects."""
+    """Convert the words after a flag; ValueError if they do not fit the setting."""
     if setting.item is bool and not setting.many and not words:
         return True
     if setting.many and words and not (setting.optional and _is_none(words)):
@@ -240,7 +239,7 @@ def _from_words(words: list[str], setting: _Setting) -> Any:
 
 
 def _from_node(node: yaml.Node, setting: _Setting) -> Any:
-    """Convert a YAML node; ValueError if it is not what the setting expects."""
+    """Convert a YAML node; ValueError if it does not fit the setting."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if not all(isinstance(n, yaml.ScalarNode) for n in nodes):
         raise ValueError
@@ -276,7 +275,7 @@ def _unknown(name: str, settings: dict[str, _Setting]) -> str:
 
 
 def _raise_all(problems: list[TrpoLMError]) -> None:
-    """Raise one error for them all; return if there is none."""
+    """Raise one error that lists all problems, if there are any."""
     if len(problems) == 1:
         hint = problems[0].hint or "--help lists every setting"
         raise TrpoLMError(problems[0].what, where=problems[0].where, hint=hint)
@@ -293,7 +292,7 @@ def _help_parser(
     description: str,
     positional: Sequence[str],
 ) -> argparse.ArgumentParser:
-    """Return the argparse parser that lays out the help text; it parses nothing."""
+    """Return an argparse parser that formats the help text; it parses nothing."""
     parser = argparse.ArgumentParser(
         description=description,
         usage=" ".join(
@@ -302,16 +301,16 @@ def _help_parser(
         add_help=False,
     )
     general = parser.add_argument_group("general")
-    general.add_argument("--help", action="store_true", help="show this text and leave")
+    general.add_argument("--help", action="store_true", help="show this text and exit")
     text = "YAML file of 'setting: value' lines; the command line wins over it"
     general.add_argument("--config", metavar="FILE.yaml", help=text)
     general.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    shown = set()
+    names = set()
     for cls in classes:
         summary = (cls.__doc__ or cls.__name__).strip().splitlines()[0]
         group = parser.add_argument_group(cls.__name__, summary.replace("%", "%%"))
-        for name in [n for n in _settings_of(cls) if n not in shown]:
-            shown.add(name)
+        for name in [n for n in _settings_of(cls) if n not in names]:
+            names.add(name)
             setting = settings[name]
             default = str(setting.default)
             if setting.default is None or isinstance(setting.default, bool):
@@ -326,7 +325,7 @@ def _help_parser(
 
 
 def redraw(draw: Callable[[], None]) -> int:
-    """Do what `python -m` asked for; return the exit code, a mistake told in one line."""
+    """Call `draw` for a `python -m` command, print an error in one line, return the exit code."""
     try:
         draw()
     except TrpoLMError as error:
@@ -336,18 +335,18 @@ def redraw(draw: Callable[[], None]) -> int:
 
 
 def main(run: Callable[[], None], *, debug: bool | None = None) -> NoReturn:
-    """Run a recipe and leave the process with its exit code.
+    """Run a recipe and exit with its exit code.
 
     0: done; 2: a mistake of the user; 3: a fault at run time; 130 and 143: stopped by SIGINT and
-    SIGTERM. These are told in two lines on stderr. Any other exception is a bug: it passes through
-    with its traceback.
+    SIGTERM. Errors are printed on stderr in two lines. Any other exception is a bug and passes
+    through with its traceback.
 
     Args:
-        run: The recipe, which also parses its settings, so that their errors are told here.
+        run: The recipe. It also parses its settings, so that their errors are printed here.
         debug: Print the traceback of an error too; default: whether `--debug` was given.
     """
     if debug is None:
-        debug = "--debug" in sys.argv
+        debug = "debug" in _split(sys.argv[1:], ())[0]
     code = 0
     try:
         run()
@@ -381,8 +380,8 @@ _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{8,}|(?<=://)[^/
 def command_line() -> str:
     """Return the command that started this process, quoted for a shell, its secrets masked.
 
-    Masked are the values of flags and variables named like a secret (`--hub_token x`,
-    `API_KEY=x`), and what looks like one anywhere (`hf_...`, `https://user:password@host`).
+    Masked are the values of flags and variables with the name of a secret (`--hub_token x`,
+    `API_KEY=x`), and words that look like one (`hf_...`, `https://user:password@host`).
     """
     words, masked = [], False
     for word in sys.orig_argv:
@@ -405,23 +404,23 @@ def check_run_name(name: str, *, root: str | Path | None = None) -> str:
     """Return a run's name if it is safe as the name of a file: letters, digits, '.', '_', '-'.
 
     Args:
-        name: 1 to 100 characters, the first one no '.' or '-'.
-        root: Folder in which the name will be used, if any; a link of that name that leads out of
-            it is refused.
+        name: 1 to 100 characters, not starting with '.' or '-'.
+        root: Folder in which the name will be used, if any; a link of that name to a place outside
+            of it is refused.
 
     Raises:
         TrpoLMError: If the name is anything else.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
-        shown = repr(name if len(name) <= 100 else name[:97] + "...")
+        excerpt = name if len(name) <= 100 else name[:97] + "..."
         raise TrpoLMError(
-            f"run_name = {shown} is not allowed",
+            f"run_name = {excerpt!r} is not allowed",
             where="run_name",
             hint="use 1 to 100 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
         )
     if root is not None and not (Path(root) / name).resolve().is_relative_to(Path(root).resolve()):
         raise TrpoLMError(
-            f"run_name = {name!r} is a link that leads out of {root}", where="run_name"
+            f"run_name = {name!r} is a link to a place outside of {root}", where="run_name"
         )
     return name
 
@@ -429,18 +428,18 @@ def check_run_name(name: str, *, root: str | Path | None = None) -> str:
 def check_output_dir(
     path: str | Path, *, resume: str | bool | None = None, overwrite: bool = False
 ) -> Path:
-    """Make the folder of a run, if need be, and return it once it is known to be usable.
+    """Return the folder of a run, created if needed, or raise if the run cannot use it.
 
-    Nothing is deleted. What a dead process left of itself (`.lock`, `.tmp-*`) does not count as a
-    run.
+    Nothing is deleted. The remains of a dead process (`.lock`, `.tmp-*`) do not count as content.
 
     Args:
         path: The folder.
-        resume: Whether the run goes on from a checkpoint (`resume_from_checkpoint`).
+        resume: Whether the run resumes from a checkpoint (`resume_from_checkpoint`).
         overwrite: Whether it may write into a folder that holds a run (`overwrite_output_dir`).
 
     Raises:
-        TrpoLMError: If it is a file, cannot be written to, or holds something unasked for.
+        TrpoLMError: If it is a file, cannot be written to, or is not empty and the run neither
+            resumes nor may overwrite.
     """
     folder = Path(path)
     try:
@@ -453,13 +452,13 @@ def check_output_dir(
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise TrpoLMError(f"cannot write to {str(path)!r}: {reason}", where="output_dir") from None
-    held = [n for n in names if n != ".lock" and not n.startswith(".tmp-")]
-    if held and not resume and not overwrite:
+    files = [n for n in names if n != ".lock" and not n.startswith(".tmp-")]
+    if files and not resume and not overwrite:
         raise TrpoLMError(
-            f"{path} is not empty: it holds {min(held)}"
-            + (f" and {len(held) - 1} more" if len(held) > 1 else ""),
+            f"{path} is not empty: it holds {min(files)}"
+            + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
             where="output_dir",
-            hint="--resume_from_checkpoint auto goes on from its newest checkpoint, "
+            hint="--resume_from_checkpoint auto resumes from its newest checkpoint, "
             "--overwrite_output_dir starts over in it, --output_dir names another folder",
         )
     return folder

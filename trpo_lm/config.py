@@ -1,6 +1,6 @@
-"""Settings: frozen dataclasses that check themselves. This module never imports torch.
+"""Settings: frozen dataclasses that validate themselves. This module never imports torch.
 
-`--help` must answer in under a second, so what a command line can set lives apart from the code
+`--help` must answer in under a second, so the settings of a command line are kept apart from code
 that needs tensors. Each field carries its help text in its metadata, once; `cli.py` turns the
 classes into flags. `TRPO` and `PPO` (trpo.py, ppo.py) are the settings below plus their update.
 """
@@ -15,12 +15,12 @@ from trpo_lm.errors import TrpoLMError
 
 
 def option(default: Any, help: str) -> Any:
-    """Declare a field with its help text; the text is what `--help` shows."""
+    """Declare a field with the text that `--help` shows for it."""
     return field(default=default, metadata={"help": help})
 
 
 def _check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
-    """Raise one error that lists every broken rule of `{field: (holds, what is allowed)}`."""
+    """Raise one error that lists every broken rule of `{field: (holds, allowed values)}`."""
     broken = [
         f"{name} = {getattr(settings, name)!r} is not allowed: it must be {allowed}"
         for name, (holds, allowed) in rules.items()
@@ -47,33 +47,35 @@ class TRPOSettings:
     """The two distances of a run, and how the step is computed. There is no learning rate."""
 
     max_kl: float = option(
-        0.1, "trust region: KL(old || new) allowed to one update, nats per completion"
+        0.1, "trust region: largest KL(old || new) of one update, nats per completion"
     )
     max_ref_kl: float | None = option(
         3.0,
-        "budget: KL(policy || reference) allowed to the whole run, nats per completion, or none",
+        "budget: largest KL(policy || reference) of the whole run, nats per completion, or none",
     )
     gamma: float = option(1.0, "discount per token, in (0, 1]")
     lam: float | None = option(
         None, "GAE lambda, in [0, 1]; default: 0.5 with a prefix critic, 0.95 with a value head"
     )
-    cg_iterations: int = option(8, "conjugate-gradient iterations at most, for each of two solves")
+    cg_iterations: int = option(8, "most conjugate-gradient iterations for each of the two solves")
     cg_tolerance: float = option(0.01, "relative residual at which conjugate gradient stops")
     damping: float | None = option(
         None,
-        "added to the Fisher's diagonal, as a share of its Rayleigh quotient along the gradient; "
+        "added to the Fisher's diagonal, in units of its Rayleigh quotient along the gradient; "
         "default: the measured noise scale in batches",
     )
     fisher_completions: int = option(
         32, "completions (over all processes) whose tokens make up the Fisher products"
     )
     line_search_trials: int = option(
-        8, "step lengths tried before the step is given up; 0: take the full step (NPG)"
+        8, "most step lengths to try before the step is rejected; 0: take the full step (NPG)"
     )
     backtrack_ratio: float = option(
-        0.8, "each trial's step as a share of the one before, in (0, 1)"
+        0.8, "each trial's step as a fraction of the previous one, in (0, 1)"
     )
-    accept_ratio: float = option(0.1, "least share of the predicted gain that a step must deliver")
+    accept_ratio: float = option(
+        0.1, "smallest fraction of the predicted gain that a step must achieve"
+    )
 
     def __post_init__(self):
         _check(
@@ -113,14 +115,14 @@ class PPOSettings:
     clip: float | None = option(0.2, "ratio is clipped to 1 +- clip; none: not clipped")
     beta: float = option(0.1, "price of the reference KL in the reward, score units per nat")
     target_ref_kl: float | None = option(
-        None, "reference KL that beta adapts towards, nats per completion; none: beta is fixed"
+        None, "reference KL towards which beta adapts, nats per completion; none: beta is fixed"
     )
     advantage: str = option(
         "gae", "'gae' (critic), 'leave_one_out' (RLOO), 'group_normalised' (GRPO)"
     )
     gamma: float = option(1.0, "discount per token, in (0, 1]")
     lam: float | None = option(None, "GAE lambda, in [0, 1]; default: the critic's")
-    max_grad_norm: float | None = option(1.0, "gradients longer than this are cut; none: never")
+    max_grad_norm: float | None = option(1.0, "gradients longer than this are clipped; none: never")
 
     def __post_init__(self):
         _check(
@@ -151,10 +153,10 @@ class PPOSettings:
 
 @dataclass(frozen=True)
 class TRLSettings:
-    """What a comparison sets of TRL's own trainers; everything else is TRL's default."""
+    """Settings of TRL's own trainers in a comparison; all others are TRL's defaults."""
 
     learning_rate: float = option(1e-3, "AdamW's step size; falls linearly to 0, TRL's default")
-    beta: float = option(0.0, "price of the reference KL, as TRL means it")
+    beta: float = option(0.0, "price of the reference KL, as TRL defines it")
 
     def __post_init__(self):
         _check(
@@ -168,20 +170,22 @@ class TRLSettings:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Everything about a run that is not the update rule."""
+    """Settings of a run other than those of the update rule."""
 
     output_dir: str = option("runs/trpo", "folder that receives everything the run writes")
     run_name: str | None = option(None, "name shown by trackers; letters, digits, '.', '_', '-'")
-    seed: int = option(0, "every random number of the run derives from it")
+    seed: int = option(0, "all random numbers of the run derive from it")
     updates: int = option(40, "policy updates")
     prompts_per_update: int = option(256, "distinct prompts sampled for one update, all processes")
     completions_per_prompt: int = option(
         1, "completions sampled for each prompt; RLOO and GRPO compare several"
     )
-    max_completion_length: int = option(24, "tokens a completion may have; then it is truncated")
+    max_completion_length: int = option(
+        24, "most tokens of a completion; longer ones are truncated"
+    )
     temperature: float = option(1.0, "sampling temperature; the policy is the tempered softmax")
     truncate_prompts: str = option(
-        "error", "a prompt too long for the model: 'error', or 'left' to drop its beginning"
+        "error", "prompts too long for the model: 'error', or 'left' to drop their beginning"
     )
     micro_batch_size: int | None = option(
         None,
@@ -204,22 +208,23 @@ class TrainerConfig:
     )
     ddp_timeout: float | None = option(
         None,
-        "seconds that a process waits for the others, longer than the slowest reward takes; "
+        "seconds a process waits for the others; must exceed the time of the slowest reward; "
         "default: torch's, 1800 with gloo and 600 with NCCL",
     )
     bf16: bool = option(
         False, "load the frozen base in bfloat16; LoRA, KL and solver stay in float32"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in backward passes")
-    logging_steps: int = option(1, "updates between two lines of the log")
+    logging_steps: int = option(1, "updates between two log lines")
     eval_steps: int = option(
-        0, "updates between two evaluations on held-out prompts; 0: at the end"
+        0, "updates between two evaluations on held-out prompts; 0: only at the end"
     )
     eval_prompts: int = option(256, "held-out prompts used for one evaluation, all processes")
     save_steps: int = option(10, "updates between two checkpoints; 0: only at the end")
-    save_total_limit: int = option(2, "complete checkpoints kept; the newest are")
+    save_total_limit: int = option(2, "number of complete checkpoints to keep, the newest")
     resume_from_checkpoint: str | None = option(
-        None, "'auto', or a checkpoint folder, to go on from where a run stopped"
+        None,
+        "'auto' (the newest checkpoint, if any) or a checkpoint folder: resume the run from it",
     )
     allow_config_change: str | None = option(
         None, "comma-separated settings allowed to differ from the checkpoint's when resuming"

@@ -1,8 +1,8 @@
-"""What goes wrong, said once: what, where, and how to mend it.
+"""Errors that say what is wrong, where, and how to fix it.
 
 A mistake of the user raises `TrpoLMError` before anything is generated; a fault at run time raises
-`RunFault`, after the parameters were put back to the last accepted update. Command-line recipes
-print either without a traceback and leave with its `exit_code`.
+`RunFault`, after the parameters are restored to the last accepted update. Command-line recipes
+print either without a traceback and exit with its `exit_code`.
 """
 
 
@@ -10,9 +10,9 @@ class TrpoLMError(ValueError):
     """A mistake in what the user passed.
 
     Args:
-        what: The complaint, naming the offending value.
+        what: The problem, naming the offending value.
         where: File and line, row index, argument or field that it concerns.
-        hint: How to mend it.
+        hint: How to fix it.
     """
 
     exit_code = 2
@@ -24,7 +24,7 @@ class TrpoLMError(ValueError):
 
 
 class RunFault(TrpoLMError):
-    """A fault met while running: a bad reward, non-finite logits, a full disk."""
+    """A fault at run time: a bad reward, non-finite logits, a full disk."""
 
     exit_code = 3
 
@@ -32,11 +32,11 @@ class RunFault(TrpoLMError):
 class Interrupted(BaseException):
     """The run was stopped by a signal, after its state was saved.
 
-    Not an `Exception`, for the reason that `KeyboardInterrupt` is none: an `except Exception` in a
-    reward function must not swallow it.
+    Like `KeyboardInterrupt` not an `Exception`: an `except Exception` in a reward function must not
+    swallow it.
 
     Args:
-        message: What was saved and how to go on from it.
+        message: What was saved, and how to resume from it.
         signum: The signal's number; the exit code is 128 more, 130 for SIGINT and 143 for SIGTERM.
     """
 

@@ -84,7 +84,8 @@ def statement_7(tree: Tree) -> list[Line]:
     x = math.sqrt(2 * delta / float(g @ v)) * v
     step = plane_step((v @ dense @ v).view(1, 1), (g @ v).view(1), None, delta=delta)
     damped = conjugate_gradient(F, g, max_iterations=400, rtol=1e-12, damping=1e-2)
-    shifted = torch.linalg.solve(dense + damped.shift * torch.eye(len(theta)), g)
+    shift = 1e-2 * float(g @ dense @ g / (g @ g))
+    shifted = torch.linalg.solve(dense + shift * torch.eye(len(theta)), g)
     lines = [
         Line(f"F is symmetric: |F - F^T| / |F|, {len(theta)} parameters",
              relative(dense.T, dense), most=1e-10),

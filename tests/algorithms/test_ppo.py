@@ -33,7 +33,7 @@ def relative(a, b):
 
 
 def flat(policy):
-    return policy.parameters.flatten(policy.parameters.tensors).detach().clone()
+    return policy.parameters.vector()
 
 
 def plain_loss(policy, batch, rows, clip):

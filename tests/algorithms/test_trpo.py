@@ -168,7 +168,7 @@ def test_R13_scale_and_shift_of_rewards_leave_the_step_alone():
             tiny.objective(policy, batch, A), algorithm.init_state(policy.parameters)
         )[1]
         assert row["line_search/accepted"]
-        found.append(policy.parameters.flatten(policy.parameters.snapshot()) - before)
+        found.append(policy.parameters.vector() - before)
     for step in found[1:]:
         assert relative(step, found[0]) <= 1e-4
 
@@ -189,7 +189,7 @@ def test_the_step_inside_the_plane_of_both_gradients_with_truncated_solves():
             theta, g, b, lambda v: F @ v, lambda: Measurement(1e30, 0.0, 0.0),
             StepLimits(1e-4, k, budget, damping=0.3), settings,
         )  # fmt: skip
-        after = theta.flatten(theta.snapshot())
+        after = theta.vector()
         theta.restore(before)
         x = after - theta.flatten(before)
         step = update.step
@@ -212,7 +212,7 @@ def test_hessian_products_and_fisher_products_take_the_same_step(monkeypatch):
     settings = {"max_kl": 1e-3, "max_ref_kl": 5.0, **EXACT, "cg_iterations": 8, "damping": 0.1}
     one = tiny.policy(dtype=torch.float64, spread=0.4)
     batch = tiny.batch(one, length=3)
-    start = one.parameters.flatten(one.parameters.snapshot())
+    start = one.parameters.vector()
     algorithm = TRPO(**settings, fisher_completions=WIDE)
     algorithm.update(tiny.objective(one, batch), algorithm.init_state(one.parameters))[1]
     two = tiny.policy(dtype=torch.float64, spread=0.4)
@@ -232,7 +232,7 @@ def test_hessian_products_and_fisher_products_take_the_same_step(monkeypatch):
         TRPOSettings(**settings),
     )
     assert update.search.accepted
-    a, b = (p.parameters.flatten(p.parameters.snapshot()) - start for p in (one, two))
+    a, b = (p.parameters.vector() - start for p in (one, two))
     assert relative(a / a.norm(), b / b.norm()) < 1e-6
 
 

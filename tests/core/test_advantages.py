@@ -22,7 +22,7 @@ def case(seed=0, T=6):
 def test_gae_equals_its_definition(gamma, lam):
     """A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), V(terminal) = 0."""
     rewards, values, mask = case()
-    found = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    A = gae(rewards, values, mask, gamma=gamma, lam=lam)
     for i, n in enumerate(LENGTHS):
         V = [*values[i, :n].tolist(), 0.0]
         for t in range(n):
@@ -30,14 +30,14 @@ def test_gae_equals_its_definition(gamma, lam):
                 (gamma * lam) ** (k - t) * (float(rewards[i, k]) + gamma * V[k + 1] - V[k])
                 for k in range(t, n)
             )
-            assert float(found[i, t]) == pytest.approx(expected, rel=1e-12)
-    assert bool((found[~mask] == 0).all())
+            assert float(A[i, t]) == pytest.approx(expected, rel=1e-12)
+    assert bool((A[~mask] == 0).all())
 
 
 def test_gae_by_hand():
     rewards, values = torch.tensor([[0.0, 0, 1]]), torch.tensor([[0.5, 0.6, 0.8]])
-    found = gae(rewards, values, torch.ones(1, 3).bool(), gamma=1.0, lam=1.0)
-    torch.testing.assert_close(found, torch.tensor([[0.5, 0.4, 0.2]]))
+    A = gae(rewards, values, torch.ones(1, 3).bool(), gamma=1.0, lam=1.0)
+    torch.testing.assert_close(A, torch.tensor([[0.5, 0.4, 0.2]]))
 
 
 def test_with_gamma_and_lambda_one_it_is_the_return_less_the_value():
@@ -47,14 +47,14 @@ def test_with_gamma_and_lambda_one_it_is_the_return_less_the_value():
         assert total[i, :n].tolist() == pytest.approx(
             [float(rewards[i, t:n].sum()) for t in range(n)]
         )
-    found = gae(rewards, values, mask, gamma=1.0, lam=1.0)
-    torch.testing.assert_close(found, (total - values) * mask)
+    A = gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(A, (total - values) * mask)
 
 
 def test_T16_an_episode_of_one_action():
     mask = torch.tensor([[True, False]])
-    found = gae(torch.tensor([[2.0, 9.0]]), torch.tensor([[0.5, 7.0]]), mask, gamma=1.0, lam=0.3)
-    assert found.tolist() == [[1.5, 0.0]]
+    A = gae(torch.tensor([[2.0, 9.0]]), torch.tensor([[0.5, 7.0]]), mask, gamma=1.0, lam=0.3)
+    assert A.tolist() == [[1.5, 0.0]]
 
 
 def test_what_stands_in_the_padding_does_not_matter():
@@ -80,32 +80,32 @@ GROUPS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])
 
 
 def test_leave_one_out_by_hand():
-    found = leave_one_out(SCORES, GROUPS)
-    assert found.tolist() == [1 - 4.0, 2 - 3.5, 6 - 1.5, 0, 0, 0, 0, 0]
+    A = leave_one_out(SCORES, GROUPS)
+    assert A.tolist() == [1 - 4.0, 2 - 3.5, 6 - 1.5, 0, 0, 0, 0, 0]
 
 
 def test_leave_one_out_is_centred_and_ignores_order():
     g = torch.Generator().manual_seed(0)
     scores, groups = torch.randn(12, generator=g), torch.arange(12) % 3
-    found = leave_one_out(scores, groups)
+    A = leave_one_out(scores, groups)
     for k in range(3):
-        own = scores[groups == k]
-        torch.testing.assert_close(found[groups == k], (own - own.mean()) * 4 / 3)
+        group = scores[groups == k]
+        torch.testing.assert_close(A[groups == k], (group - group.mean()) * 4 / 3)
     order = torch.randperm(12, generator=g)
-    torch.testing.assert_close(leave_one_out(scores[order], groups[order]), found[order])
+    torch.testing.assert_close(leave_one_out(scores[order], groups[order]), A[order])
 
 
 def test_group_normalised_by_hand():
-    found = group_normalised(SCORES, GROUPS, epsilon=0.0001)
+    A = group_normalised(SCORES, GROUPS, epsilon=0.0001)
     std = math.sqrt((4 + 1 + 9) / 2)
     expected = [(x - 3) / (std + 1e-4) for x in (1, 2, 6)] + [0.0] * 5
-    assert found.tolist() == pytest.approx(expected)
+    assert A.tolist() == pytest.approx(expected)
 
 
 def test_group_normalised_hardly_sees_the_scale_of_a_group():
     scores = torch.tensor([1.0, 2.0, 1e6, 2e6], dtype=torch.float64)
-    found = group_normalised(scores, torch.tensor([0, 0, 1, 1]))
-    torch.testing.assert_close(found[:2], found[2:], rtol=1e-3, atol=0)
+    A = group_normalised(scores, torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(A[:2], A[2:], rtol=1e-3, atol=0)
 
 
 def whole(t):
@@ -133,8 +133,8 @@ def test_R13_whitening_removes_scale_and_shift(scale, shift):
 @pytest.mark.parametrize("n", [1, 3, 7, 1000])
 def test_R12_equal_values_whiten_to_zero_whatever_their_mean_rounds_to(value, n):
     """The mean of three 0.1 is not 0.1: the difference must not be blown up to a signal."""
-    found = whiten(torch.full((1, n), value, dtype=torch.float64), torch.ones(1, n).bool(), whole)
-    assert bool((found == 0).all())
+    A = whiten(torch.full((1, n), value, dtype=torch.float64), torch.ones(1, n).bool(), whole)
+    assert bool((A == 0).all())
 
 
 def test_whitening_over_ranks_is_whitening_of_the_whole():

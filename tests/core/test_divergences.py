@@ -50,10 +50,10 @@ def test_two_near_float32_policies_have_the_kl_of_the_truth(apart, V):
     z = 2 * torch.randn(20, V)
     moved = z + apart * torch.randn(20, V)
     truth = categorical_kl(old=log_softmax(z.double()), new=log_softmax(moved.double()))
-    found = categorical_kl(old=log_softmax(z), new=log_softmax(moved))
-    assert (found >= 0).all() and truth.mean() > 0.1 * apart**2
+    kl = categorical_kl(old=log_softmax(z), new=log_softmax(moved))
+    assert (kl >= 0).all() and truth.mean() > 0.1 * apart**2
     # What stays is the rounding of z + noise itself, already in the inputs of both.
-    torch.testing.assert_close(found.double(), truth, rtol=2e-2, atol=2e-13)
+    torch.testing.assert_close(kl.double(), truth, rtol=2e-2, atol=2e-13)
 
 
 def test_never_negative():
@@ -68,13 +68,13 @@ def test_K06_bfloat16_logits_are_measured_in_float32():
     torch.manual_seed(0)
     z = (3 * torch.randn(64, 5000)).bfloat16()
     moved = (z.float() + 0.02 * torch.randn(64, 5000)).bfloat16()
-    found = categorical_kl(old=log_softmax(z), new=log_softmax(moved))
-    assert found.dtype == torch.float32 and (found >= 0).all()
+    kl = categorical_kl(old=log_softmax(z), new=log_softmax(moved))
+    assert kl.dtype == torch.float32 and (kl >= 0).all()
     truth = categorical_kl(old=log_softmax(z.double()), new=log_softmax(moved.double()))
-    torch.testing.assert_close(found.double(), truth, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(kl.double(), truth, rtol=1e-3, atol=1e-9)
     naive_old, naive_new = z.log_softmax(-1), moved.log_softmax(-1)  # in bfloat16
     naive = (naive_old.exp() * (naive_old - naive_new)).sum(-1).double()
-    assert float((naive - truth).abs().max()) > 10 * float((found - truth).abs().max())
+    assert float((naive - truth).abs().max()) > 10 * float((kl - truth).abs().max())
     assert log_softmax(z.double()).dtype == torch.float64
 
 
@@ -88,13 +88,11 @@ def test_an_impossible_token_shared_by_both_gives_no_nan_and_the_right_gradient(
     short_new = moved[:, keep].detach().clone().requires_grad_()
     expected = categorical_kl(old=log_softmax(short_old), new=log_softmax(short_new))
     torch.testing.assert_close(kl, expected)
-    for grads, wanted in (
-        (torch.autograd.grad(kl.sum(), (old, moved)),
-         torch.autograd.grad(expected.sum(), (short_old, short_new))),
-    ):  # fmt: skip
-        for grad, want in zip(grads, wanted, strict=True):
-            torch.testing.assert_close(grad[:, keep], want)
-            assert float(grad[0, 1]) == 0.0
+    grads = torch.autograd.grad(kl.sum(), (old, moved))
+    short_grads = torch.autograd.grad(expected.sum(), (short_old, short_new))
+    for grad, short in zip(grads, short_grads, strict=True):
+        torch.testing.assert_close(grad[:, keep], short)
+        assert float(grad[0, 1]) == 0.0
     assert float(entropy(log_softmax(logits))) == pytest.approx(
         float(entropy(log_softmax(logits[:, keep])))
     )
@@ -142,10 +140,12 @@ def test_gradients_by_the_logits_are_those_of_autograd(impossible):
     actions, weights = torch.tensor([0, 1, 2, 6, 6]), torch.randn(5, dtype=torch.float64)
     logprobs, new = log_softmax(z), log_softmax(moved)
     surrogate = (token_logprobs(logprobs, actions) * weights).sum()
-    (wanted,) = torch.autograd.grad(surrogate, z, retain_graph=True)
-    torch.testing.assert_close(logprob_gradient(logprobs.detach().exp(), actions, weights), wanted)
+    (expected,) = torch.autograd.grad(surrogate, z, retain_graph=True)
+    torch.testing.assert_close(
+        logprob_gradient(logprobs.detach().exp(), actions, weights), expected
+    )
     possible = [a for a in range(7) if a != impossible]
     p, q = logprobs[:, possible], new[:, possible]
-    paid = (p.exp() * (p - q)).sum() + (token_logprobs(logprobs, actions) * weights).sum()
-    (wanted,) = torch.autograd.grad(paid, z)
-    torch.testing.assert_close(kl_gradient(logprobs.detach(), new, actions, weights), wanted)
+    cost = (p.exp() * (p - q)).sum() + (token_logprobs(logprobs, actions) * weights).sum()
+    (expected,) = torch.autograd.grad(cost, z)
+    torch.testing.assert_close(kl_gradient(logprobs.detach(), new, actions, weights), expected)

@@ -32,6 +32,15 @@ def test_a_missing_gradient_counts_as_zero():
     assert all(p.grad is None for p in theta.tensors)
 
 
+def test_zeros_and_a_copy_of_the_parameters_as_vectors():
+    theta = vector()
+    flat = theta.vector()
+    assert torch.equal(flat, torch.cat([p.detach().reshape(-1) for p in theta.tensors]))
+    assert not flat.requires_grad and torch.equal(theta.zeros(), torch.zeros(22))
+    theta.assign(theta.snapshot(), torch.ones(22))
+    assert not torch.equal(theta.vector(), flat)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_restore_is_exact_where_subtracting_the_step_is_not(dtype):
     theta = vector(dtype)

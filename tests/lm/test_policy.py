@@ -11,7 +11,8 @@ import trpo_lm.lm.policy
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.fisher import hessian_operator, twice_differentiable
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.lm.policy import Policy, linear_module_names, load_model
+from trpo_lm.lm.loading import linear_module_names, load_model
+from trpo_lm.lm.policy import Policy
 
 WIDE = 10**6
 KINDS = ["gpt2", "llama", "qwen2", "neox", "gemma2"]
@@ -43,9 +44,9 @@ def test_logprobs_of_features_are_the_models_own(kind, temperature):
     assert (policy.head is None) == (kind == "gemma2")
     with torch.no_grad():
         expected = tiny.own_logits(policy, batch.rollout).float().log_softmax(-1)
-        found = policy.logprobs(policy.features(*inputs(batch)))
-    assert found.dtype == torch.float32
-    assert float((found - expected).abs().max()) < 2e-5
+        logprobs = policy.logprobs(policy.features(*inputs(batch)))
+    assert logprobs.dtype == torch.float32
+    assert float((logprobs - expected).abs().max()) < 2e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -57,20 +58,21 @@ def test_tied_and_untied_heads(kind, tied):
     batch = tiny.batch(policy, each=1)
     with torch.no_grad():
         expected = tiny.own_logits(policy, batch.rollout).log_softmax(-1)
-        found = policy.logprobs(policy.features(*inputs(batch)))
-    assert float((found - expected).abs().max()) < 2e-5
+        logprobs = policy.logprobs(policy.features(*inputs(batch)))
+    assert float((logprobs - expected).abs().max()) < 2e-5
     update(policy, batch, max_kl=0.01)
 
 
-def test_push_and_pull_are_the_tempered_head_and_its_transpose():
+def test_head_jvp_and_vjp_are_the_tempered_head_and_its_transpose():
     policy = tiny.policy("llama", dtype=torch.float64, temperature=0.7)
     x = torch.randn(3, 8, dtype=torch.float64)
     z = torch.randn(3, tiny.V, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     logits = policy.head(leaf) / 0.7
-    torch.testing.assert_close(policy.push(x), logits.detach())
-    torch.testing.assert_close(policy.pull(z), torch.autograd.grad(logits, leaf, z)[0])
-    assert float((policy.push(x) * z).sum()) == pytest.approx(float((x * policy.pull(z)).sum()))
+    Jx, JTz = policy.head_jvp(x), policy.head_vjp(z)
+    torch.testing.assert_close(Jx, logits.detach())
+    torch.testing.assert_close(JTz, torch.autograd.grad(logits, leaf, z)[0])
+    assert float((Jx * z).sum()) == pytest.approx(float((x * JTz).sum()))
 
 
 def test_a_bias_of_the_head_is_part_of_the_policy_and_not_of_its_change():
@@ -81,7 +83,7 @@ def test_a_bias_of_the_head_is_part_of_the_policy_and_not_of_its_change():
     torch.testing.assert_close(
         policy.logprobs(x), (x @ model.lm_head.weight.T + model.lm_head.bias).log_softmax(-1)
     )
-    torch.testing.assert_close(policy.push(x), x @ model.lm_head.weight.T)
+    torch.testing.assert_close(policy.head_jvp(x), x @ model.lm_head.weight.T)
 
 
 def test_cotangents_do_not_depend_on_chunks(monkeypatch):
@@ -96,14 +98,14 @@ def test_cotangents_do_not_depend_on_chunks(monkeypatch):
     leaf = x.clone().requires_grad_()
     logprobs = policy.logprobs(leaf)
     values = [(logprobs * weight).sum(), (logprobs.exp() * weight).sum()]
-    wanted = [torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in values]
+    expected = [torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in values]
     for chunk in (1, 3 * tiny.V, 1 << 21):
         monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_STATES", 1)
         monkeypatch.setattr(trpo_lm.lm.policy, "CHUNK_ELEMENTS", chunk)
         sizes = [s.stop - s.start for s in policy.chunks(7)]
         assert sum(sizes) == 7 and max(sizes) == max(1, min(7, chunk // tiny.V))
-        for found, want in zip(policy.cotangents(x, slopes), wanted, strict=True):
-            torch.testing.assert_close(found, want)
+        for cotangent, gradient in zip(policy.cotangents(x, slopes), expected, strict=True):
+            torch.testing.assert_close(cotangent, gradient)
 
 
 # ---- the reference ----
@@ -286,13 +288,13 @@ def test_K09_a_nan_weight_is_refused_at_the_start():
 
 
 @pytest.mark.parametrize("parts", ["offloaded", "partly offloaded"])
-def test_a_model_that_does_not_lie_whole_on_one_device_is_refused(parts):
+def test_a_model_that_is_split_across_devices_or_offloaded_is_refused(parts):
     model = tiny.build("llama")
     for layer in model.modules() if parts == "offloaded" else [model.model.layers[1]]:
         layer.to("meta")  # where accelerate's offloading to cpu or disk leaves weights
-    with pytest.raises(TrpoLMError, match=r"the model's weights lie on .*meta") as error:
+    with pytest.raises(TrpoLMError, match=r"weights are on .*meta") as error:
         tiny.policy(model=model)
-    assert error.value.where == "device_map" and "8 bits" in error.value.hint
+    assert error.value.where == "device_map" and "8-bit" in error.value.hint
 
 
 def test_N09_reentrant_checkpointing_is_refused_with_a_hint():
@@ -348,12 +350,12 @@ def test_K06_a_bfloat16_base_with_float32_adapters_takes_a_step(kind):
 
 
 def test_products_in_bfloat16_are_near_those_in_float32():
-    v, found = None, []
+    v, products = None, []
     for dtype in (torch.float32, torch.bfloat16):
         rounded = tiny.build("llama", initializer_range=0.1).bfloat16().to(dtype)  # same weights
         policy = tiny.policy(model=rounded, spread=0.1)
-        if not found:
+        if not products:
             batch = tiny.batch(policy, each=4)
             v = torch.randn(policy.parameters.size)
-        found.append(tiny.objective(policy, batch).fisher(WIDE)(v))
-    assert relative(found[1], found[0]) < 0.03
+        products.append(tiny.objective(policy, batch).fisher(WIDE)(v))
+    assert relative(products[1], products[0]) < 0.03

@@ -93,7 +93,7 @@ def test_a_file_that_changed_is_read_anew(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ([], "dataset is empty"),
         (Dataset.from_dict({"prompt": []}), "dataset is empty"),
@@ -110,13 +110,13 @@ def test_a_file_that_changed_is_read_anew(tmp_path):
         (7, "cannot read prompts from int"),
     ],
 )
-def test_T02_bad_rows_name_the_row_and_the_columns(source, told):
-    with pytest.raises(TrpoLMError, match=told):
+def test_T02_bad_rows_name_the_row_and_the_columns(source, message):
+    with pytest.raises(TrpoLMError, match=message):
         load_prompts(source)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("absent.jsonl", None, "file does not exist"),
         ("absent.txt", None, "file does not exist"),
@@ -131,9 +131,9 @@ def test_T02_bad_rows_name_the_row_and_the_columns(source, told):
         ("p.json", "{", "cannot be read"),
     ],
 )
-def test_T02_bad_files_name_the_file(tmp_path, name, text, told):
+def test_T02_bad_files_name_the_file(tmp_path, name, text, message):
     path = tmp_path / name if text is None else written(tmp_path, name, text)
-    with pytest.raises(TrpoLMError, match=told) as caught:
+    with pytest.raises(TrpoLMError, match=message) as caught:
         load_prompts(path)
     assert name in str(caught.value)
 
@@ -164,8 +164,8 @@ def test_T03_too_long_is_an_error_or_loses_its_beginning():
     with pytest.raises(TrpoLMError, match=r"9 tokens and only 6 fit .*row 1") as caught:
         check(["w1", long])
     assert "truncate_prompts='left'" in caught.value.hint
-    kept, shortened = check(["w1", long], truncate="left")
-    assert kept.prompts == ["w1", "w3 w4 w5 w6 w7"] and shortened == 1
+    cut, shortened = check(["w1", long], truncate="left")
+    assert cut.prompts == ["w1", "w3 w4 w5 w6 w7"] and shortened == 1
     assert check([long], room=None) == (load_prompts([long]), 0)
 
 

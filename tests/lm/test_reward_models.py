@@ -91,14 +91,14 @@ def test_reward_model_scores_a_batch_like_one_by_one(kind):
     model, tokenizer = make_model(kind), make_tokenizer()
     reward = RewardModel(model, tokenizer, batch_size=3)
     assert reward.causal == (kind != "bert")
-    found = reward(PROMPTS, COMPLETIONS, completion_ids=IDS)
-    for p, c, x in zip(PROMPTS, COMPLETIONS, found, strict=True):
+    scores = reward(PROMPTS, COMPLETIONS, completion_ids=IDS)
+    for p, c, x in zip(PROMPTS, COMPLETIONS, scores, strict=True):
         assert x == pytest.approx(
             alone(model, tokenizer(p + c).input_ids).softmax(-1)[1].item(), abs=1e-5
         )
-    assert Rewards(reward)(PROMPTS, COMPLETIONS, IDS, {}).score.tolist() == found
+    assert Rewards(reward)(PROMPTS, COMPLETIONS, IDS, {}).score.tolist() == scores
     messages = [[{"role": "assistant", "content": c}] for c in COMPLETIONS]
-    assert reward(PROMPTS, messages) == found
+    assert reward(PROMPTS, messages) == scores
     assert reward([], []) == []
 
 
@@ -217,12 +217,12 @@ CASES = [" w7 w8 w9 w10", " w8", " w9 w9 w1", ""]
 def test_prefix_scores_equal_scoring_each_prefix(kind):
     reward = RewardModel(make_model(kind), make_tokenizer())
     prefixes = prefixes_of(CASES)
-    found = reward.score_prefixes(PROMPTS, CASES, prefixes)
-    for p, c, texts, scores in zip(PROMPTS, CASES, prefixes, found, strict=True):
+    scores = reward.score_prefixes(PROMPTS, CASES, prefixes)
+    for p, c, texts, row in zip(PROMPTS, CASES, prefixes, scores, strict=True):
         assert texts[0] == "" and texts[-1] == c
-        assert scores == pytest.approx(reward([p] * len(texts), texts), abs=1e-5)
+        assert row == pytest.approx(reward([p] * len(texts), texts), abs=1e-5)
     assert Rewards(reward, [2.0]).score_prefixes(PROMPTS, CASES, prefixes) == [
-        [2 * x for x in row] for row in found
+        [2 * x for x in row] for row in scores
     ]
 
 
@@ -247,44 +247,44 @@ def test_causal_prefixes_take_one_pass_and_encoders_one_for_each_distinct_text(m
 def test_the_whole_text_takes_the_score_with_the_closing_token():
     reward = RewardModel(make_model(), make_tokenizer(eos="<eos>"))
     prefixes = prefixes_of(CASES)
-    found = reward.score_prefixes(PROMPTS, CASES, prefixes)
-    assert [row[-1] for row in found] == pytest.approx(reward(PROMPTS, CASES), abs=1e-6)
+    scores = reward.score_prefixes(PROMPTS, CASES, prefixes)
+    assert [row[-1] for row in scores] == pytest.approx(reward(PROMPTS, CASES), abs=1e-6)
     bare = RewardModel(make_model(), make_tokenizer())
-    assert found[0][:-1] == pytest.approx(bare([PROMPTS[0]] * 4, prefixes[0][:-1]), abs=1e-5)
+    assert scores[0][:-1] == pytest.approx(bare([PROMPTS[0]] * 4, prefixes[0][:-1]), abs=1e-5)
     # Where the closing token is also the padding, the model pools in front of it, and so do we.
     shared = RewardModel(make_model(), make_tokenizer(eos="<eos>", pad=None))
-    found = shared.score_prefixes(PROMPTS, CASES, prefixes)
-    assert [row[-1] for row in found] == pytest.approx(shared(PROMPTS, CASES), abs=1e-6)
+    scores = shared.score_prefixes(PROMPTS, CASES, prefixes)
+    assert [row[-1] for row in scores] == pytest.approx(shared(PROMPTS, CASES), abs=1e-6)
 
 
 def test_prefixes_of_conversations():
     reward = RewardModel(make_model(), make_tokenizer(template=TEMPLATE))
     assert reward.causal
     talk, completion = [{"role": "user", "content": "w1"}], "w2 w3"
-    (found,) = reward.score_prefixes([talk], [completion], [["", "w2", "w2 w3"]])
+    (scores,) = reward.score_prefixes([talk], [completion], [["", "w2", "w2 w3"]])
     states = [
         "<bos> user w1 assistant",
         "<bos> user w1 assistant w2",
         "<bos> user w1 assistant w2 w3 <eos>",
     ]
-    assert found == pytest.approx(reward([""] * 3, states), abs=1e-5)
+    assert scores == pytest.approx(reward([""] * 3, states), abs=1e-5)
 
 
 def test_prefixes_that_end_inside_a_token_or_character_do_not_look_ahead():
     reward = RewardModel(make_model(), make_tokenizer())
     prefixes = [["", " w1", " w12", " w12 w\ufffd", " w12 w3"]]
-    (found,) = reward.score_prefixes(["w5"], [" w12 w3"], prefixes)
+    (scores,) = reward.score_prefixes(["w5"], [" w12 w3"], prefixes)
     expected = reward(["w5"] * 5, ["", "", " w12", " w12", " w12 w3"])
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_prefixes_without_bos_and_beyond_the_context_are_scored_by_themselves():
     reward = RewardModel(make_model(), make_tokenizer(bos=None))
     long = "".join(f" w{i % 30}" for i in range(30))
     prefixes = prefixes_of([" w1 w2", long])
-    found = reward.score_prefixes(["", ""], [" w1 w2", long], prefixes)
-    for texts, scores in zip(prefixes, found, strict=True):
-        assert scores == pytest.approx(reward([""] * len(texts), texts), abs=1e-5)
+    scores = reward.score_prefixes(["", ""], [" w1 w2", long], prefixes)
+    for texts, row in zip(prefixes, scores, strict=True):
+        assert row == pytest.approx(reward([""] * len(texts), texts), abs=1e-5)
 
 
 @pytest.mark.parametrize("stride", [2, 3, 100])
@@ -297,8 +297,8 @@ def test_encoder_stride_interpolates_between_scored_prefixes(stride):
     for full, sparse in zip(
         every.score_prefixes(*arguments), some.score_prefixes(*arguments), strict=True
     ):
-        kept = sorted({*range(0, len(full), stride), len(full) - 1})
-        expected = np.interp(range(len(full)), kept, [full[t] for t in kept])
+        at = sorted({*range(0, len(full), stride), len(full) - 1})
+        expected = np.interp(range(len(full)), at, [full[t] for t in at])
         assert sparse == pytest.approx(expected.tolist(), abs=1e-5)
 
 

@@ -217,7 +217,7 @@ def test_R08_a_function_gets_what_its_signature_names():
     "wrong", [lambda x: x, lambda c, /: c, lambda *a: a, lambda answer: answer]
 )
 def test_R08_a_function_that_cannot_take_completions_is_refused(wrong):
-    with pytest.raises(TrpoLMError, match="cannot be given `completions`") as info:
+    with pytest.raises(TrpoLMError, match="needs `completions` or `completion_ids`") as info:
         Rewards(wrong)
     assert all(keyword in str(info.value) for keyword in KEYWORDS) and "columns" in str(info.value)
 
@@ -235,7 +235,7 @@ def test_R08_not_callable_empty_and_unknown_requirements():
 
     rewards = Rewards(needs)
     rewards.check_columns(["answer", "source"])
-    message = r"reward 'needs' requires answer, which is no column of the dataset \(source\)"
+    message = r"reward 'needs' requires answer, which is not a column of the dataset \(source\)"
     with pytest.raises(TrpoLMError, match=message) as info:
         rewards.check_columns(["source"])
     assert "log_metric" in str(info.value)
@@ -345,12 +345,12 @@ def worker_exits(completions):
 
 def living(group):
     """Processes of a group that are more than an unreaped entry in the table."""
-    found = []
+    processes = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, _, its_group = entry.read_text().rpartition(")")[2].split()[:3]
-            found += [entry] if int(its_group) == group and state != "Z" else []
-    return found
+            processes += [entry] if int(its_group) == group and state != "Z" else []
+    return processes
 
 
 def test_R07_a_function_that_cannot_be_sent_is_refused_at_construction():
@@ -408,8 +408,8 @@ def test_functions_score_prefixes_when_their_author_says_so():
     assert Rewards(functools.partial(words_so_far)).can_score_prefixes
     rewards = Rewards([length, words_so_far], [0, 2])
     prefixes = [["", " a", " a b"], [], [""]]
-    found = rewards.score_prefixes(["p"] * 3, [" a b", "", ""], prefixes, {"offset": [0, 1, 2]})
-    assert found == [[0.0, 2.0, 4.0], [], [4.0]]
+    scores = rewards.score_prefixes(["p"] * 3, [" a b", "", ""], prefixes, {"offset": [0, 1, 2]})
+    assert scores == [[0.0, 2.0, 4.0], [], [4.0]]
 
     @scores_prefixes
     def per_token(completions):
@@ -423,10 +423,10 @@ def test_functions_score_prefixes_when_their_author_says_so():
         return [None if c[0]["content"] == "" else 1.0 for c in completions]
 
     talk = [{"role": "user", "content": "hi"}]
-    found = Rewards(chatty).score_prefixes(
+    scores = Rewards(chatty).score_prefixes(
         [talk], [[{"role": "assistant", "content": "a"}]], [["", "a"]]
     )
-    assert found == [[0.0, 1.0]]
+    assert scores == [[0.0, 1.0]]
 
 
 # ---- rewards by name ----
@@ -451,7 +451,7 @@ def test_S08_module_and_callable_name_a_function_to_import(tmp_path, monkeypatch
     name = write_module(tmp_path, monkeypatch, text)
     function = load_reward(f"{name}:happy")
     assert score(function).columns["happy"] == [float(len(c)) for c in COMPLETIONS]
-    for wrong, told in {
+    for wrong, message in {
         "os:system": "'os:system' takes \\(command\\)",
         f"{name}:x": "is not callable",
         f"{name}:sad": "cannot be imported: AttributeError",
@@ -461,5 +461,5 @@ def test_S08_module_and_callable_name_a_function_to_import(tmp_path, monkeypatch
         "..x:f": "not of the form", name: "not of the form", "": "not of the form",
         f"{name}:happy()": "not of the form",
     }.items():  # fmt: skip
-        with pytest.raises(TrpoLMError, match=told):
+        with pytest.raises(TrpoLMError, match=message):
             load_reward(wrong)

@@ -101,7 +101,7 @@ def updates_of(algorithm, prefix, dtype):
         critic.fit(batch.hidden, scores, mask, targets, valid, ranks.reduce)
         told.append([row["trust_region/kl"], row["trust_region/ref_kl_after"]])
         told[-1] += [row.get("line_search/trials"), row.get("line_search/accepted")]
-    theta = policy.parameters.flatten(policy.parameters.tensors).tolist()
+    theta = policy.parameters.vector().tolist()
     return theta, told, {k: v.tolist() for k, v in critic.state().items()}
 
 

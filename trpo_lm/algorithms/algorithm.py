@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from trpo_lm.core.parameters import ParameterVector
-from trpo_lm.lm.critic import Reduce
+from trpo_lm.core.parameters import ParameterVector, Reduce
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
 

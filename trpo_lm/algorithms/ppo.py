@@ -31,8 +31,7 @@ from torch import Tensor
 from trpo_lm.algorithms.algorithm import Distances
 from trpo_lm.config import PPOSettings
 from trpo_lm.core.advantages import gae, group_normalised, leave_one_out, whiten
-from trpo_lm.core.parameters import ParameterVector
-from trpo_lm.lm.critic import Reduce
+from trpo_lm.core.parameters import ParameterVector, Reduce
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.seeds import generator
@@ -61,7 +60,7 @@ class PPO(PPOSettings):
 
     def init_state(self, theta: ParameterVector) -> PPOState:
         """Return the state before the first update."""
-        zeros = theta.flatten([None] * len(theta.tensors))
+        zeros = theta.zeros()
         return PPOState(step=0.0, beta=self.beta, exp_avg=zeros, exp_avg_sq=zeros)
 
     def rewards(self, batch: Batch, state: PPOState) -> Tensor:
@@ -92,7 +91,7 @@ class PPO(PPOSettings):
             state: From `init_state` or the update before.
         """
         theta = objective.theta
-        flat = torch.nn.Parameter(theta.flatten(theta.tensors).detach())
+        flat = torch.nn.Parameter(theta.vector())
         adam = torch.optim.Adam([flat], lr=self.learning_rate)
         adam.state[flat] = {
             "step": torch.tensor(state.step),

@@ -37,8 +37,7 @@ from trpo_lm.core.adaptation import (
 )
 from trpo_lm.core.advantages import gae, whiten
 from trpo_lm.core.natural_step import StepLimits, Update, constrained_update
-from trpo_lm.core.parameters import ParameterVector
-from trpo_lm.lm.critic import Reduce
+from trpo_lm.core.parameters import ParameterVector, Reduce
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
 
@@ -73,8 +72,7 @@ class TRPO(TRPOSettings):
 
     def init_state(self, theta: ParameterVector) -> TRPOState:
         """Return the state before the first update."""
-        square = theta.flatten([None] * len(theta.tensors))
-        return TRPOState(RunningNoise(), ReferenceFilter(), RadiusRatio(), square)
+        return TRPOState(RunningNoise(), ReferenceFilter(), RadiusRatio(), theta.zeros())
 
     def rewards(self, batch: Batch, state: TRPOState) -> Tensor:
         """Return the rewards to maximise, (N, T): those of the MDP; the KL is a constraint."""

@@ -31,8 +31,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from trpo_lm.config import TrainerConfig, TRLSettings
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.loading import default_lora
 from trpo_lm.lm.objective import BatchObjective
-from trpo_lm.lm.policy import default_lora
 from trpo_lm.lm.prompts import encode_prompt
 from trpo_lm.lm.rollout import MOST_ROWS, Batch
 from trpo_lm.seeds import derive_seed

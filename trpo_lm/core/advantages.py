@@ -1,17 +1,17 @@
-"""Who deserves the credit: advantages of tokens from rewards and, where there is one, a critic.
+"""Credit assignment: advantages of tokens from rewards and, if there is one, a critic.
 
 All functions take right-padded (N, T) tensors and a boolean `mask` that is True at action tokens;
-padding holds zeros in the result. Rewards may be any scale: work in float64 and normalise last.
+results are zero in the padding. Rewards may have any scale: work in float64 and normalise last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-EQUAL = 1e-12  # values that differ by less than this share of their size differ by rounding
+from trpo_lm.core.parameters import Reduce
+
+EQUAL = 1e-12  # relative difference up to which values are equal but for rounding
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
@@ -27,7 +27,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
         values: V(s_t) of the state each action was taken in, (N, T), in units of reward.
         mask: True at action tokens, (N, T); a row's actions come first, without gaps.
         gamma: Discount per token, dimensionless.
-        lam: 0 trusts the critic, 1 uses the sampled return; dimensionless.
+        lam: 0 relies on the critic, 1 on the sampled return; dimensionless.
 
     Returns:
         Advantages, (N, T), zero off the mask.
@@ -46,7 +46,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 def returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """Return the discounted sum of rewards from each action on, (N, T)."""
+    """Return the discounted sum of the rewards from each action onwards, (N, T)."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
 
 
@@ -58,7 +58,7 @@ def leave_one_out(scores: Tensor, groups: Tensor) -> Tensor:
         groups: Index of the prompt of each completion, (N,) int64.
 
     Returns:
-        Advantage of each completion, (N,); 0 where a prompt has one scored completion only.
+        Advantage of each completion, (N,); 0 if it is the only scored one of its prompt.
 
     Source: Ahmadian et al. (2024), arXiv:2402.14740, section 3 (RLOO estimator).
     """
@@ -97,16 +97,16 @@ def _group_sums(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return total, count, present
 
 
-def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def whiten(advantages: Tensor, mask: Tensor, reduce: Reduce) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over all masked tokens of all ranks.
 
     Args:
         advantages: (N, T).
-        mask: True at the tokens that count, (N, T); others come back as 0.
+        mask: True at the tokens that count, (N, T); the result is 0 at others.
         reduce: Sums a tensor over ranks.
 
     Returns:
-        (N, T), dimensionless; all zero where the masked values are all equal.
+        (N, T), dimensionless; all zero if the masked values are all equal.
     """
     x = advantages[mask].double()
     total, count = reduce(torch.stack([x.sum(), x.new_tensor(float(len(x)))]))

@@ -11,17 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CGSolution:
-    """What conjugate gradient found, and how it ended.
+    """The result of a conjugate-gradient solve, and why it ended.
 
     Attributes:
         x: The solution, (M,); always finite.
         Ax: A x, (M,), from the recurrence: no further product is needed for x.Ax.
-        residual: ||b - (A + shift) x|| / ||b||, dimensionless.
-        iterations: Products with A that were used.
-        status: 'converged', 'max_iterations', 'indefinite' (a direction of negative curvature was
-            met: A is not positive semidefinite, or float32 cannot tell), 'nonfinite' (a product
-            returned nan or inf) or 'zero' (b is zero).
-        shift: Diagonal that was added to A.
+        residual: ||b - (A + shift I) x|| / ||b||, dimensionless.
+        iterations: Number of products with A.
+        status: 'converged', 'max_iterations', 'indefinite' (a direction had no positive curvature:
+            A is not positive semidefinite, or float32 cannot tell), 'nonfinite' (a product returned
+            nan or inf) or 'zero' (b is zero).
     """
 
     x: Tensor
@@ -29,7 +28,6 @@ class CGSolution:
     residual: float
     iterations: int
     status: str
-    shift: float
 
 
 def conjugate_gradient(
@@ -52,7 +50,7 @@ def conjugate_gradient(
     Args:
         matvec: Maps (M,) to (M,); symmetric positive semidefinite, already reduced over ranks.
         b: Right-hand side, (M,), float32 or float64.
-        max_iterations: Products allowed.
+        max_iterations: Most products with A.
         rtol: Relative residual at which to stop, dimensionless.
         damping: Relative shift of the diagonal, dimensionless.
 
@@ -69,7 +67,7 @@ def conjugate_gradient(
     x, shift = torch.zeros_like(b), 0.0
     b_norm = float(torch.linalg.vector_norm(b, dtype=torch.float64))  # float32 squares overflow
     if b_norm == 0.0 or not torch.isfinite(b).all():
-        return CGSolution(x, x, 0.0, 0, "zero" if b_norm == 0.0 else "nonfinite", shift)
+        return CGSolution(x, x, 0.0, 0, "zero" if b_norm == 0.0 else "nonfinite")
     r = b / b_norm  # normalised, so that float32 neither over- nor underflows
     p, rr, status, iteration = r.clone(), 1.0, "max_iterations", 0
     for iteration in range(1, max_iterations + 1):
@@ -93,4 +91,4 @@ def conjugate_gradient(
             break
         p = r + (rr / rr_before) * p
     Ax = b - (r + shift * x) * b_norm
-    return CGSolution(x * b_norm, Ax, rr**0.5, iteration, status, shift)
+    return CGSolution(x * b_norm, Ax, rr**0.5, iteration, status)

@@ -8,9 +8,9 @@ and their gradients by the logits z of pi, or of p:
 
     d log pi(a|s) / dz = e_a - pi               d KL(p ‖ q) / dz = p (log p - log q - KL)
 
-Everything takes logits and works in float32 (float64 stays float64): a bfloat16 log-softmax gets
-the KL of two near policies wrong by a thousand times its size. Nothing here samples, and no
-estimator of a KL is offered.
+Everything is computed in float32 (float64 stays float64): with a bfloat16 log-softmax the error of
+the KL of two nearby policies is a thousand times its size. Nothing here samples, and no estimator
+of a KL is offered.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def token_logprobs(logprobs: Tensor, actions: Tensor) -> Tensor:
 
 
 def entropy(logprobs: Tensor) -> Tensor:
-    """Return H(pi) per state in nats; `logprobs` (..., V), impossible tokens (-inf) count 0."""
+    """Return H(pi) per state in nats; `logprobs` (..., V), impossible tokens (-inf) add 0."""
     finite = logprobs
     if logprobs.amin() == -torch.inf:
         finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
@@ -41,9 +41,9 @@ def entropy(logprobs: Tensor) -> Tensor:
 def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
     """Return KL(old ‖ new) per state, summed over the whole vocabulary.
 
-    Written as  sum_a [ p (log p - log q) + q - p ]. The last two sum to nothing, because both are
+    Written as  sum_a [ p (log p - log q) + q - p ]. The last two sum to zero, because both are
     distributions, but with them every term is >= 0 and the rounding of the two normalisers enters
-    squared. Where p and q are near, q - p is p expm1(log q - log p): two float32 policies a hair
+    squared. Where p and q are close, q - p is p expm1(log q - log p): two float32 policies a hair
     apart get a KL that is right, not noise around zero.
 
     Args:
@@ -60,9 +60,9 @@ def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
     p, gap = old.exp(), -gap
     if old.amin() == -torch.inf:  # 0 log 0 = 0, also where q is zero as well
         gap = torch.where(old == -torch.inf, 2.0, old.masked_fill(old == -torch.inf, 0.0) - new)
-    near = gap.clamp(-1.0, 1.0)  # farther apart nothing cancels, and expm1 may overflow
-    close, far = p * (near + torch.expm1(-near)), p * gap + (new.exp() - p)
-    return torch.where(gap.abs() < 1.0, close, far).sum(-1)
+    small = gap.clamp(-1.0, 1.0)  # beyond, nothing cancels, and expm1 may overflow
+    near, far = p * (small + torch.expm1(-small)), p * gap + (new.exp() - p)
+    return torch.where(gap.abs() < 1.0, near, far).sum(-1)
 
 
 def logprob_gradient(probabilities: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def kl_gradient(logprobs: Tensor, ref_logprobs: Tensor, actions: Tensor, weights
     """Return the gradient of sum_t [KL(pi ‖ pi_ref) + w_t log pi(a_t|s_t)] by pi's logits, (S, V).
 
     Args:
-        logprobs: Log-probabilities of pi, (S, V); -inf where it is zero.
+        logprobs: Log-probabilities of pi, (S, V); -inf where pi is zero.
         ref_logprobs: Those of pi_ref, (S, V).
         actions: a_t, (S,) int64.
         weights: w_t, (S,).
@@ -90,5 +90,5 @@ def kl_gradient(logprobs: Tensor, ref_logprobs: Tensor, actions: Tensor, weights
     if logprobs.amin() == -torch.inf:
         gap = gap.masked_fill(logprobs == -torch.inf, 0.0)
     weights = weights.to(p).unsqueeze(-1)
-    paid = torch.linalg.vecdot(p, gap).unsqueeze(-1) + weights
-    return p.mul_(gap.sub_(paid)).scatter_add_(-1, actions.unsqueeze(-1), weights)
+    cost = torch.linalg.vecdot(p, gap).unsqueeze(-1) + weights
+    return p.mul_(gap.sub_(cost)).scatter_add_(-1, actions.unsqueeze(-1), weights)

@@ -10,8 +10,8 @@ One product costs about one forward+backward of the same tokens, in three steps:
     c -> J^T c        one more vector-Jacobian product
 
 The graph is built once an update, on a subset of whole completions, with the mathematical attention
-kernel (the fused kernels have no second derivative) and with activations that keep their slopes: J
-takes nothing else from an elementwise function. A model whose layers have none at all
+kernel (the fused kernels have no second derivative) and with elementwise activations
+linearised once: the Jacobian needs only their slope. A model whose layers have no second derivative
 (hand-written kernels, quantised weights) gets its products as finite differences of grad D.
 
 Source: the Gauss-Newton form of the Fisher, Martens (2020), arXiv:1412.1193, section 9.2; the
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trpo_lm.core.parameters import ParameterVector
+from trpo_lm.core.parameters import ParameterVector, Reduce
 
 Curvature = Callable[[Tensor], Tensor]
 
@@ -43,8 +43,8 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-class _Sloped(torch.autograd.Function):
-    """An elementwise function whose slope is worked out once and is a constant from then on."""
+class _LinearisedOnce(torch.autograd.Function):
+    """An elementwise function whose slope is computed once and constant from then on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
@@ -61,15 +61,15 @@ class _Sloped(torch.autograd.Function):
 
 
 @contextmanager
-def constant_slopes(activations: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Let elementwise modules be straight lines for every derivative after the first.
+def linearised_activations(activations: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Freeze the slope of elementwise modules.
 
-    A product with J or its transpose is then one multiplication per activation, instead of all
-    the steps of its formula. Wrong for a Hessian, which needs how slopes change.
+    A product with J or its transpose then costs one multiplication per activation, instead of its
+    whole formula. Wrong for a Hessian, which needs the derivative of the slope.
     """
     before = [module.__dict__.get("forward") for module in activations]
     for module in activations:
-        module.forward = lambda x, function=module.forward: _Sloped.apply(x, function)
+        module.forward = lambda x, function=module.forward: _LinearisedOnce.apply(x, function)
     try:
         yield
     finally:
@@ -117,10 +117,9 @@ class FisherOperator:
         pieces: Sequence[tuple[Tensor, Curvature]],
         *,
         count: float = 1.0,
-        reduce: Callable[[Tensor], Tensor] = lambda t: t,
+        reduce: Reduce = lambda t: t,
     ):
         self.theta, self.count, self.reduce = theta, count, reduce
-        self.products = 0
         self.pieces: list[tuple[Tensor, Curvature, Tensor, list[Tensor]]] = []
         for outputs, curvature in pieces:
             u = torch.zeros_like(outputs, requires_grad=True)
@@ -128,7 +127,6 @@ class FisherOperator:
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return F v, (M,)."""
-        self.products += 1
         total = torch.zeros_like(v)
         parts = self.theta.unflatten(v)
         for outputs, curvature, u, vjp in self.pieces:
@@ -144,14 +142,14 @@ class FiniteDifference:
 
         F v = (grad D(theta_old + eps v) - grad D(theta_old - eps v)) / (2 eps) + O(eps^2)
 
-    A product is two forward+backwards of D, and nothing is kept from one to the next. Rounding
-    grows as eps falls, and the bend of D as it rises: eps is chosen so that D moves by about
-    `NUDGE`. (grad D(theta_old) = 0 would allow one side at half the cost, but in float32 no eps
-    brings that below 0.3% on a 1.6M-parameter LM.) The move is taken back bit for bit.
+    A product costs two forward+backwards of D, and keeps nothing for the next. Rounding error grows
+    as eps falls and truncation error as it rises: eps is chosen so that D changes by about `NUDGE`.
+    (grad D(theta_old) = 0 would allow one-sided differences at half the cost, but in float32 no eps
+    brings their error below 0.3% on a 1.6M-parameter LM.) The move is undone bit for bit.
 
     Args:
         theta: Parameters, M numbers, at theta_old.
-        slope: Returns grad D at the present theta as a sum over this rank's completions, (M,).
+        slope: Returns grad D at the current theta as a sum over this rank's completions, (M,).
         count: Completions the sum is divided by, over all ranks.
         reduce: Sums a tensor over ranks.
     """
@@ -162,21 +160,19 @@ class FiniteDifference:
         slope: Callable[[], Tensor],
         *,
         count: float = 1.0,
-        reduce: Callable[[Tensor], Tensor] = lambda t: t,
+        reduce: Reduce = lambda t: t,
     ):
         self.theta, self.slope, self.count, self.reduce = theta, slope, count, reduce
-        self.products = 0
-        self.curvature = 1.0  # v.Fv / v.v, as the last product had it
+        self.curvature = 1.0  # v.Fv / v.v of the last product
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Return F v, (M,), near enough for conjugate gradient in float32."""
-        self.products += 1
+        """Return F v, (M,), accurate enough for conjugate gradient in float32."""
         squared = float(v.double().square().sum())
         if squared == 0.0:
             return torch.zeros_like(v)
-        Fv, theta_old, tried = v, self.theta.snapshot(), self.curvature
+        Fv, theta_old, guess = v, self.theta.snapshot(), self.curvature
         for _ in range(4):
-            eps = math.sqrt(2 * NUDGE / (tried * squared))
+            eps = math.sqrt(2 * NUDGE / (guess * squared))
             try:
                 self.theta.assign(theta_old, v, eps)
                 ahead = self.slope()
@@ -184,25 +180,25 @@ class FiniteDifference:
                 Fv = self.reduce(ahead - self.slope()) / (2 * eps * self.count)
             finally:
                 self.theta.restore(theta_old)
-            found = float(v.double() @ Fv.double()) / squared
-            if 0.2 * tried < found < 5 * tried:  # the move was about as long as it should be
-                self.curvature = found
+            curvature = float(v.double() @ Fv.double()) / squared
+            if 0.2 * guess < curvature < 5 * guess:  # the move had about the right length
+                self.curvature = curvature
                 break
-            tried = min(max(found, 1e-3 * tried), 1e3 * tried)
+            guess = min(max(curvature, 1e-3 * guess), 1e3 * guess)
         return Fv
 
 
 def lacks_second_derivative(outputs: Callable[[], Tensor], theta: ParameterVector) -> str | None:
     """Return why `FisherOperator` cannot work on these outputs, or None if it can.
 
-    Compares J v with a finite difference of the outputs: a kernel may refuse to be differentiated
-    twice, or let it pass and leave a part of the derivative out.
+    Compares J v with a finite difference of the outputs: a kernel may raise when differentiated
+    twice, or silently drop part of the derivative.
 
     Args:
         outputs: Runs the model on a probe, with a graph to theta.
-        theta: Parameters, put back bit for bit.
+        theta: Parameters, restored bit for bit.
     """
-    v, eps = torch.ones_like(theta.flatten(theta.tensors).detach()), 1e-3
+    v, eps = torch.ones_like(theta.vector()), 1e-3
     try:
         with twice_differentiable():
             before = outputs()
@@ -226,8 +222,8 @@ def lacks_second_derivative(outputs: Callable[[], Tensor], theta: ParameterVecto
 def hessian_operator(theta: ParameterVector, divergence: Tensor) -> Callable[[Tensor], Tensor]:
     """Return v -> H v for any scalar with a graph, by differentiating its gradient again.
 
-    The way for a divergence whose outputs are not at hand; at theta_old the Hessian of a KL is the
-    Fisher. Dearer than `FisherOperator` (ratios in recipes/benchmarks).
+    For a divergence whose outputs are not available; at theta_old the Hessian of a KL is the
+    Fisher. More expensive than `FisherOperator` (ratios in recipes/benchmarks).
     """
     gradient = torch.autograd.grad(
         divergence, theta.tensors, create_graph=True, allow_unused=True, materialize_grads=True

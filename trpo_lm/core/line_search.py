@@ -1,4 +1,4 @@
-"""Backtracking: the step promised by quadratic models is tried on the exact quantities."""
+"""Backtracking: the step of the quadratic models, shortened until the exact quantities allow it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Trial = TypeVar("Trial")
 
 @dataclass(frozen=True)
 class Search(Generic[Trial]):
-    """How the search ended.
+    """The result of a backtracking line search.
 
     Attributes:
-        scale: Accepted share of the full step, 0 when every trial was rejected.
-        trial: What was measured at the accepted scale, else at the last one tried.
+        scale: Accepted fraction of the full step; 0 if every trial was rejected.
+        trial: Measurement at the accepted scale, or at the last one tried.
         reasons: Why each rejected trial was rejected, in order.
     """
 
@@ -25,7 +25,7 @@ class Search(Generic[Trial]):
 
     @property
     def accepted(self) -> bool:
-        """Whether some trial was accepted."""
+        """Whether a trial was accepted."""
         return self.scale > 0.0
 
     @property
@@ -44,13 +44,13 @@ def backtrack(
     """Try scales 1, ratio, ratio^2, ... and take the first without an objection.
 
     Args:
-        measure: Moves the parameters to the given share of the step and measures there.
-        objection: Says why a trial (measured at a scale) is not acceptable, or None if it is.
-        ratio: Each scale as a share of the one before, in (0, 1).
-        trials: Scales tried at most, >= 1.
+        measure: Moves the parameters to the given fraction of the step and measures there.
+        objection: Returns why a trial at a scale is rejected, or None to accept it.
+        ratio: Each scale as a fraction of the previous one, in (0, 1).
+        trials: Most scales to try, >= 1.
 
     Returns:
-        The accepted scale, or 0 with the reasons; putting parameters back is the caller's.
+        The accepted scale, or 0 with the reasons; restoring the parameters is up to the caller.
 
     Source: TRPO, arXiv:1502.05477, App. C (backtracking after the conjugate-gradient step).
     """

@@ -1,20 +1,22 @@
 """The trainable parameters as one vector theta of M numbers, and exact snapshots of them.
 
-A step is  theta = theta_old + scale * x;  a rejected step puts back the very bits of theta_old
-(a - b + b need not be a).
+A step is  theta = theta_old + scale * x;  after a rejected step the very bits of theta_old are
+restored (a - b + b need not be a).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over ranks
+
 
 class ParameterVector:
-    """Fixed order of trainable tensors, with M = their total size.
+    """Trainable tensors in a fixed order; M is their total size.
 
     Args:
         parameters: Leaf tensors that require gradients, of one dtype and device.
@@ -26,6 +28,14 @@ class ParameterVector:
 
     def __len__(self) -> int:
         return self.size
+
+    def zeros(self) -> Tensor:
+        """Return a zero for each parameter, (M,)."""
+        return self.flatten([None] * len(self.tensors))
+
+    def vector(self) -> Tensor:
+        """Return a copy of theta, (M,), detached."""
+        return self.flatten(self.tensors).detach()
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Concatenate one tensor per parameter into (M,); None (no gradient) counts as zero."""
@@ -54,7 +64,7 @@ class ParameterVector:
 
     @torch.no_grad()
     def restore(self, snapshot: Sequence[Tensor]) -> None:
-        """Put a snapshot back, bit for bit."""
+        """Restore a snapshot bit for bit."""
         for p, saved in zip(self.tensors, snapshot, strict=True):
             p.copy_(saved)
 
@@ -65,7 +75,7 @@ class ParameterVector:
             p.copy_(saved + scale * part)
 
     def checksum(self) -> str:
-        """Return 16 hex digits that change when any bit of any parameter does."""
+        """Return 16 hex digits that change with any bit of any parameter."""
         digest = hashlib.sha256()
         for p in self.tensors:
             digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -33,11 +33,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """A step as multipliers of the directions, with what the quadratic models promise.
+    """A step as multipliers of the directions, with the predictions of the quadratic models.
 
     Attributes:
         multipliers: x = sum_i multipliers[i] * direction_i.
-        case: 'old', 'ref', 'both', 'recover', or 'none' (nothing to gain, nothing to mend).
+        case: 'old', 'ref', 'both', 'recover', or 'none' (nothing to gain, nothing to repair).
         gain: Predicted change of the surrogate, g.x.
         kl: Predicted KL(old || new), 1/2 x.Fx, nats.
         ref_change: Predicted change of the reference KL, b.x + 1/2 x.Fx, nats.
@@ -53,7 +53,7 @@ class Step:
     alignment: float
 
     def ref_change_at(self, scale: float) -> float:
-        """Return the predicted change of the reference KL at a share of the step, nats."""
+        """Return the predicted change of the reference KL at a fraction of the step, nats."""
         return scale * (self.ref_change - self.kl) + scale**2 * self.kl
 
 
@@ -63,9 +63,9 @@ def farthest_point(q: float, r: float, s: float, *, delta: float, excess: float)
     Args:
         q: v.Fv, > 0 unless g = 0.
         r: v.Fw.
-        s: w.Fw, >= 0; 0 stands for no reference constraint.
+        s: w.Fw, >= 0; 0 means no reference constraint.
         delta: Trust region, nats, > 0.
-        excess: k - K, nats: how far over the budget the policy is (negative: room left).
+        excess: k - K, nats: how far the policy is over the budget (negative: below it).
 
     Returns:
         The two multipliers and the case.
@@ -88,8 +88,8 @@ def farthest_point(q: float, r: float, s: float, *, delta: float, excess: float)
         if math.sqrt(s) <= radius_old + radius_ref and s > 0.0:
             h = -excess - delta
             across = q - r * r / s  # |component of v orthogonal to w|^2
-            left = max(2 * delta - h * h / s, 0.0)
-            c = math.sqrt(left / across) if across > 1e-12 * q else 0.0
+            remainder = max(2 * delta - h * h / s, 0.0)
+            c = math.sqrt(remainder / across) if across > 1e-12 * q else 0.0
             if c > 0.0 or abs(h) <= math.sqrt(2 * delta * s):
                 return c, h / s - c * r / s, "both"
     if s <= 0.0:
@@ -115,7 +115,7 @@ def plane_step(
     gram = 0.5 * (gram + gram.T).double().cpu()
     g = g.double().cpu()
     # Coordinates in which the Fisher metric is the identity; directions that are combinations of
-    # the others (g and b nearly parallel) have no curvature of their own and are left out.
+    # the others (g and b nearly parallel) have no curvature of their own and are dropped.
     scale = gram.diagonal().clamp(min=0.0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     eigenvalues, vectors = torch.linalg.eigh(gram / scale[:, None] / scale[None, :])

@@ -23,8 +23,8 @@ from trpo_lm.core.divergences import (
 )
 from trpo_lm.core.fisher import FiniteDifference, FisherOperator, softmax_curvature
 from trpo_lm.core.natural_step import Measurement, Product
+from trpo_lm.core.parameters import Reduce
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.lm.critic import Reduce
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rollout import Batch
 
@@ -109,7 +109,7 @@ class BatchObjective:
         Source: PPO, arXiv:1707.06347, eq. 7.
         """
         policy, batch, r = self.policy, self.batch, self.batch.rollout
-        total = self.theta.flatten([None] * len(self.theta.tensors))
+        total = self.theta.zeros()
         for part, tokens in batch.micro_batches(rows):
             features = policy.features(*r.model_inputs(part))
 
@@ -197,7 +197,7 @@ def finite_difference(
         )  # fmt: skip
 
     def slope() -> Tensor:
-        total = theta.flatten([None] * len(theta.tensors))
+        total = theta.zeros()
         for inputs, before in zip(parts, old, strict=True):
             features = policy.features(*inputs)
 
@@ -225,6 +225,6 @@ def head_curvature(policy: Policy, features: Tensor) -> Product:
     def product(u: Tensor) -> Tensor:
         each = cached if cached is not None else (curvature(s) for s in slices)
         parts = zip(slices, each, strict=True)
-        return torch.cat([policy.pull(H(policy.push(u[s]))) for s, H in parts])
+        return torch.cat([policy.head_vjp(H(policy.head_jvp(u[s]))) for s, H in parts])
 
     return product

@@ -1,4 +1,4 @@
-"""Prompts from wherever people keep them, checked before anything is generated."""
+"""Prompts from datasets, lists, files and the hub, checked before anything is generated."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Prompts:
         return [self.prompts[i] for i in rows], columns
 
     def split_off(self, count: int) -> tuple[Prompts, Prompts]:
-        """Return all but the last `count` rows, and those (at most a tenth of all)."""
+        """Split off the last `count` rows, at most a tenth of all; return the others and these."""
         cut = len(self) - min(count, max(1, len(self) // 10))
         first, last = self.take(range(cut)), self.take(range(cut, len(self)))
         return Prompts(*first), Prompts(*last)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change when any prompt or column does."""
+        """Return 16 hex digits that change with any prompt or column."""
         content = json.dumps([self.prompts, self.columns], sort_keys=True, default=repr)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -50,13 +50,13 @@ class Prompts:
 def load_both(
     dataset: Any, eval_dataset: Any, *, column: str, split_off: int
 ) -> tuple[Prompts, Prompts]:
-    """Return the prompts to train on and the held-out ones.
+    """Return training prompts and held-out prompts.
 
     Args:
-        dataset: As `load_prompts` takes it.
+        dataset: Any source that `load_prompts` accepts.
         eval_dataset: Likewise; None: the last rows of the dataset.
-        column: Of both, that holds the prompt.
-        split_off: Rows held out where there is no eval_dataset, at most a tenth of all.
+        column: Column of both that holds the prompt.
+        split_off: Rows to hold out without an eval_dataset, at most a tenth of all.
     """
     prompts = load_prompts(dataset, column=column)
     if eval_dataset is None:
@@ -83,7 +83,7 @@ def load_prompts(source: Any, *, column: str = "prompt", split: str = "train") -
     names = list(rows.column_names)
     if column not in names:
         raise TrpoLMError(
-            f"there is no column {column!r}; the columns are {names}", where=where,
+            f"no column {column!r}; the columns are {names}", where=where,
             hint="name the column with prompt_column",
         )  # fmt: skip
     if len(rows) == 0:
@@ -128,7 +128,7 @@ def _read(source: Any, column: str, split: str, where: str) -> Any:
 
 
 class _Table(dict):
-    """Columns by name, with the two things of a Dataset that are needed here."""
+    """Columns by name, with the part of a Dataset's interface that is used here."""
 
     @property
     def column_names(self) -> list[str]:
@@ -139,7 +139,7 @@ class _Table(dict):
 
 
 def _table(rows: list[Any], column: str) -> _Table:
-    """Make columns of rows: dicts, or prompts and nothing else."""
+    """Turn rows (dicts, or prompts alone) into columns."""
     if not rows or not all(isinstance(row, dict) for row in rows):
         return _Table({column: rows})
     names = dict.fromkeys(name for row in rows for name in row)
@@ -169,7 +169,7 @@ def _read_file(path: Path, column: str, split: str, where: str) -> Any:
 
 
 def _json_lines(path: Path) -> list[Any]:
-    """Return what stands in each line; ValueError names a line that is not JSON."""
+    """Parse each line; ValueError names a line that is not JSON."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
@@ -182,34 +182,34 @@ def _json_lines(path: Path) -> list[Any]:
 
 @contextmanager
 def _no_progress() -> Iterator[None]:
-    """Keep the progress bars of `datasets` off the screen."""
-    shown = not datasets.are_progress_bars_disabled()
+    """Keep the progress bars of `datasets` off the screen inside the block."""
+    enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             datasets.enable_progress_bars()
 
 
 def check_prompts(
     prompts: Prompts, tokenizer: Any, *, room: int | None, truncate: str
 ) -> tuple[Prompts, int]:
-    """Encode every prompt once, so that a bad row is found before anything is generated.
+    """Encode every prompt once, so that a bad row is an error before anything is generated.
 
     Args:
-        prompts: What was loaded.
-        tokenizer: Of the policy.
-        room: Tokens a prompt may have: the context less the completion; None without a limit.
-        truncate: 'error', or 'left' to drop the beginning of a prompt that is too long.
+        prompts: From `load_prompts`.
+        tokenizer: The policy's.
+        room: Most tokens of a prompt: the context minus the completion; None without a limit.
+        truncate: 'error', or 'left' to drop the beginning of prompts that are too long.
 
     Returns:
-        The prompts, shortened where needed, and how many were.
+        The prompts, truncated where needed, and the number of truncated ones.
 
     Raises:
-        TrpoLMError: Names the row that is empty, not text, or too long.
+        TrpoLMError: If a row is empty, not text or too long; names the row.
     """
-    kept, shortened = list(prompts.prompts), 0
+    texts, truncated = list(prompts.prompts), 0
     for i, prompt in enumerate(prompts.prompts):
         try:
             ids = encode_prompt(tokenizer, prompt)
@@ -224,12 +224,12 @@ def check_prompts(
                 hint="shorten it, or lower max_completion_length"
                 + ", or set truncate_prompts='left'" * isinstance(prompt, str),
             )
-        kept[i], shortened = _drop_beginning(tokenizer, prompt, ids, room), shortened + 1
-    return Prompts(kept, prompts.columns), shortened
+        texts[i], truncated = _drop_beginning(tokenizer, prompt, ids, room), truncated + 1
+    return Prompts(texts, prompts.columns), truncated
 
 
 def _drop_beginning(tokenizer: Any, prompt: str, ids: list[int], room: int) -> str:
-    """Return the longest tail of the prompt that fits, as text (text is what rewards see)."""
+    """Return the longest tail of the prompt that fits, as text, which rewards need."""
     drop = len(ids) - room
     while True:
         plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -240,7 +240,7 @@ def _drop_beginning(tokenizer: Any, prompt: str, ids: list[int], room: int) -> s
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Return the token ids of a prompt, with the beginning-of-text token its tokenizer puts.
+    """Return the token ids of a prompt, with the beginning-of-text token if its tokenizer adds one.
 
     Raises:
         TrpoLMError: If the prompt is neither text nor messages, or has no token at all.

@@ -1,9 +1,8 @@
 """Reward models: sequence classifiers that score whole and unfinished text.
 
 For the prefix critic a reward model also scores the states of a completion, V(s_t) ~ score(prompt +
-y_<t). A state is handed over as *text*, so policy and reward model need not share a tokenizer. A
-causal classifier scores all states of a completion in one forward pass, an encoder needs a pass for
-each.
+y_<t). A state is passed as *text*, so policy and reward model need not share a tokenizer. A causal
+classifier scores all states of a completion in one forward pass, an encoder needs a pass for each.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trpo_lm.errors import TrpoLMError
 
-_PROBE_TOKENS = 8  # length of the text on which a classifier shows whether it is causal
+_PROBE_TOKENS = 8  # length of the text that tests whether a classifier is causal
 
 
 class RewardModel:
@@ -28,8 +27,8 @@ class RewardModel:
 
     Scores prompt + completion as one text; conversations go through the tokenizer's own chat
     template. One output: its raw value. Several: the probability of `label` (softmax; sigmoid where
-    the config says "multi_label_classification"). Texts longer than the model's context lose their
-    beginning, for what a completion adds stands at the end.
+    the config says "multi_label_classification"). Texts longer than the model's context are
+    truncated on the left, for the completion is at the end.
 
     Args:
         model: Name or folder for `AutoModelForSequenceClassification`, or a loaded model.
@@ -39,10 +38,10 @@ class RewardModel:
         batch_size: Texts in one forward pass.
         prefix_stride: Without causal attention, score every k-th prefix and interpolate between.
         allow_untrained_head: Accept weights that are missing from the model's files.
-        device: Where to move the model; default: it stays where it is.
+        device: Where to put the model; None leaves it where it is.
 
     Attributes:
-        causal: Whether all prefixes of a text come out of one forward pass.
+        causal: Whether one forward pass scores all prefixes of a text.
         max_length: Context length, tokens.
 
     Raises:
@@ -109,7 +108,7 @@ class RewardModel:
         Args:
             prompts: (N,) strings, or conversations of {"role", "content"}.
             completions: (N,) strings, or lists of messages.
-            columns: Ignored; accepted so that a model is called like a function.
+            columns: Ignored; accepted so that a model can be called like a function.
 
         Returns:
             (N,) scores.
@@ -122,8 +121,8 @@ class RewardModel:
     ) -> list[list[float]]:
         """Score the states of N completions.
 
-        With a causal model a state takes the score at the last token that ends within its text, all
-        from one pass over the whole text; a state whose text is the whole completion takes the
+        With a causal model the score of a state is that at the last token that ends within its
+        text, all from one pass over the whole text; for the text of the whole completion it is the
         score of `__call__`. Otherwise each distinct text is scored by itself.
 
         Args:
@@ -135,46 +134,46 @@ class RewardModel:
             Scores in the shape of `prefixes`.
         """
         texts = [[self._text(p, x) for x in row] for p, row in zip(prompts, prefixes, strict=True)]
-        known: list[dict[int, float]] = [{} for _ in texts]
+        scores: list[dict[int, float]] = [{} for _ in texts]
         if self.causal and texts:
             whole = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
-            known = self._score_in_one_pass(whole, texts, prompts)
-        # What is left: everything for an encoder; for a causal model texts beyond its context.
+            scores = self._score_in_one_pass(whole, texts, prompts)
+        # The rest: everything for an encoder; for a causal model texts beyond its context.
         places: dict[str, list[tuple[int, int]]] = {}
         for i, row in enumerate(texts):
-            left = [t for t in range(len(row)) if t not in known[i]]
-            for t in {*left[:: self.prefix_stride], *left[-1:]}:
+            rest = [t for t in range(len(row)) if t not in scores[i]]
+            for t in {*rest[:: self.prefix_stride], *rest[-1:]}:
                 places.setdefault(row[t], []).append((i, t))
         for text, score in zip(places, self._score_texts(list(places), prompts), strict=True):
             for i, t in places[text]:
-                known[i][t] = score
+                scores[i][t] = score
         return [
             np.interp(range(len(row)), sorted(at), [at[t] for t in sorted(at)]).tolist()
             if row
             else []
-            for row, at in zip(texts, known, strict=True)
+            for row, at in zip(texts, scores, strict=True)
         ]
 
     def _score_in_one_pass(
         self, whole: list[str], texts: list[list[str]], prompts: list
     ) -> list[dict[int, float]]:
         """Return {t: score} for each row: the states that one pass over `whole` can score."""
-        known: list[dict[int, float]] = [{} for _ in texts]
+        scores: list[dict[int, float]] = [{} for _ in texts]
         rows, ends = self._encode(whole, prompts)
         fits = [i for i, row in enumerate(rows) if len(row) <= self.max_length]
         for i, (_, logits) in zip(fits, self._logits([rows[i] for i in fits]), strict=True):
-            scores = self._score(logits).tolist()
+            by_token = self._score(logits).tolist()
             pooled = max((j for j, token in enumerate(rows[i]) if token != self.pad_id), default=0)
             for t, text in enumerate(texts[i]):
-                # The text that both begin with: half a character decodes differently, and a
-                # template closes the message.
-                seen = bisect_left(
+                # Length of the common prefix: half a character decodes differently, and a template
+                # closes the message.
+                common = bisect_left(
                     range(len(text)), True, key=lambda n: not whole[i].startswith(text[: n + 1])
                 )
-                last = bisect_right(ends[i], seen) - 1
+                last = bisect_right(ends[i], common) - 1
                 if last >= 0:
-                    known[i][t] = scores[min(last, pooled)]
-        return known
+                    scores[i][t] = by_token[min(last, pooled)]
+        return scores
 
     def _score_texts(self, texts: list[str], prompts: list) -> list[float]:
         """Score each text by itself: (len(texts),)."""
@@ -199,7 +198,7 @@ class RewardModel:
         return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
     def _encode(self, texts: list[str], prompts: list) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokenise, with exactly one BOS where there is one.
+        """Tokenise, with exactly one BOS if the tokenizer has one.
 
         Returns:
             Token ids of each text, at least one; and the character at which each token ends, as a
@@ -230,15 +229,15 @@ class RewardModel:
 
         Returns:
             For each row its logits (labels,) and the head's output at each position (T, labels),
-            float32, on the CPU; the latter is empty where the head does not see single positions.
+            float32, on the CPU; the latter is empty if the head does not act on single positions.
         """
         special = set(self.tokenizer.all_special_ids)
         fitted = []
         for row in rows:
-            kept = row[:1] if len(row) > self.max_length and row[0] in special else []
-            fitted.append(kept + row[len(kept) :][-self.max_length + len(kept) :])
+            first = row[:1] if len(row) > self.max_length and row[0] in special else []
+            fitted.append(first + row[len(first) :][-self.max_length + len(first) :])
         order = sorted(range(len(rows)), key=lambda i: len(fitted[i]))
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        results: dict[int, tuple[Tensor, Tensor]] = {}
         outputs: list[Tensor] = []
 
         def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
@@ -257,15 +256,15 @@ class RewardModel:
                 inside = outputs.pop().float().cpu() if outputs else pooled
                 if inside.shape[:-1] != ids.shape:
                     inside = pooled.new_empty(len(batch), 0, pooled.shape[-1])
-                for i, own, positions in zip(batch, pooled, inside, strict=True):
-                    found[i] = own, positions[: len(fitted[i])]
+                for i, whole, positions in zip(batch, pooled, inside, strict=True):
+                    results[i] = whole, positions[: len(fitted[i])]
         finally:
             if hook:
                 hook.remove()
-        return [found[i] for i in range(len(rows))]
+        return [results[i] for i in range(len(rows))]
 
     def _is_causal(self) -> bool:
-        """Whether the head at each position of a text says what the text cut there would get."""
+        """Whether the head's output at each position is that of the text truncated there."""
         special = {*self.tokenizer.all_special_ids, self.pad_id}
         vocabulary = range(self.model.get_input_embeddings().num_embeddings)
         probe = [i for i in vocabulary if i not in special][: min(_PROBE_TOKENS, self.max_length)]
@@ -284,7 +283,7 @@ class RewardModel:
 
 
 def _load(loader: Any, name: str, **options: Any) -> Any:
-    """Load from a folder or the hub; never runs code that comes with the model."""
+    """Load from a folder or the hub, never running code that comes with the model."""
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
@@ -307,7 +306,7 @@ def _label_index(label: str | int | None, config: Any, name: str) -> int:
     for i, text in enumerate(names):
         if label == i or (isinstance(label, str) and label.upper() == text.upper()):
             return i
-    wish = "say which one to reward" if label is None else f"{label!r} is none of them"
+    problem = "say which one to reward" if label is None else f"{label!r} is none of them"
     raise TrpoLMError(
-        f"reward model {name!r} has the labels {', '.join(names)}: {wish}", where="label"
+        f"reward model {name!r} has the labels {', '.join(names)}: {problem}", where="label"
     )

@@ -1,7 +1,7 @@
-"""Calls of reward functions: here, the asynchronous ones together, or in killable processes.
+"""Run reward functions: in process, concurrently if async, or in killable workers.
 
-A function that hangs cannot be stopped from within its own process, so that one with a time limit
-runs in a worker process, which is killed when the time is over.
+A function that hangs cannot be stopped from within its own process, so a function with a time limit
+runs in a worker process, which is killed when its time is up.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ class RemoteFailure(Exception):
 
 
 class Worker:
-    """A process of its own for one function, so that a call that hangs can be killed.
+    """A process for one function, so that a call that hangs can be killed.
 
-    Started afresh (spawn) rather than forked: the fork of a process with torch's threads may hang.
+    Spawned, not forked: the fork of a process with torch's threads may hang.
     """
 
     def __init__(self, function: Callable, name: str):
         context = multiprocessing.get_context("spawn")
         self.name, self.seconds, self.deadline, self.ready = name, 0.0, 0.0, False
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        self.pipe, remote_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(remote_end, function), daemon=True)
         try:
             self.process.start()
         except Exception as error:
             raise TrpoLMError(
-                f"reward {name!r} cannot be sent to the worker process of a time limit: {error}",
+                f"reward {name!r} cannot be sent to a worker process: {error}",
                 hint="define it at the top level of a module, or leave reward_timeout unset",
             ) from error
         finally:
-            theirs.close()
+            remote_end.close()
 
     def ask(self, keywords: dict[str, Any], seconds: float) -> None:
-        """Start a call that may take `seconds`, not counting the start of the process."""
+        """Start a call with a limit in seconds, which excludes the start of the process."""
         if not self.ready:
             self._receive(_START_SECONDS, "did not start")
             self.ready = True
@@ -62,26 +62,26 @@ class Worker:
         self.pipe.send(keywords)
 
     def answer(self) -> tuple[Any, dict[str, list[float]]]:
-        """Return what the function returned, or its exception, and its metrics."""
-        late = f"took more than {self.seconds:g} s and was stopped"
-        result, failure, metrics = self._receive(self.deadline - time.monotonic(), late)
+        """Return the function's result, or its exception, and its metrics."""
+        fault = f"took more than {self.seconds:g} s and was stopped"
+        result, failure, metrics = self._receive(self.deadline - time.monotonic(), fault)
         if failure:
             result = RemoteFailure(failure[0])
             result.__cause__ = RuntimeError(failure[1])
         return result, metrics
 
-    def _receive(self, seconds: float, late: str) -> Any:
+    def _receive(self, seconds: float, fault: str) -> Any:
         hint = "in a script, start training under `if __name__ == '__main__':`"
         try:
             if self.pipe.poll(max(0.0, seconds)):
                 return self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(1)
-            late = f"lost its worker process (exit code {self.process.exitcode})"
-        raise RunFault(f"reward {self.name!r} {late}", hint=None if self.ready else hint)
+            fault = f"lost its worker process (exit code {self.process.exitcode})"
+        raise RunFault(f"reward {self.name!r} {fault}", hint=None if self.ready else hint)
 
     def close(self) -> None:
-        """Kill the process and what it started."""
+        """Kill the process and its children."""
         if self.process.pid and hasattr(os, "killpg"):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -91,7 +91,7 @@ class Worker:
 
 
 def _serve(pipe: Any, function: Callable) -> None:
-    """Answer calls until the other end closes; runs in the worker process."""
+    """Serve calls until the other end closes; runs in the worker process."""
     if hasattr(os, "setsid"):
         os.setsid()  # a group of its own: killed as a whole, and out of reach of Ctrl-C
     pipe.send("ready")
@@ -108,7 +108,7 @@ def _serve(pipe: Any, function: Callable) -> None:
 
 
 def call(calls: list[tuple[Callable, dict[str, Any]]]) -> list[Any]:
-    """Call functions in turn, the asynchronous ones together; exceptions are returned."""
+    """Call functions in turn, async ones concurrently; exceptions are returned."""
     results: list[Any] = []
     for function, keywords in calls:
         try:
@@ -122,7 +122,7 @@ def call(calls: list[tuple[Callable, dict[str, Any]]]) -> list[Any]:
 
 
 def _await_all(awaitables: list[Any]) -> list[Any]:
-    """Wait for all of them at once; exceptions are returned."""
+    """Await all concurrently; exceptions are returned."""
 
     async def gather() -> list[Any]:
         return await asyncio.gather(*awaitables, return_exceptions=True)
@@ -136,12 +136,12 @@ def _await_all(awaitables: list[Any]) -> list[Any]:
 
 
 def _on_host(value: Any) -> Any:
-    """Replace tensors by arrays and tuples by lists."""
+    """Turn tensors into arrays and tuples into lists."""
     if isinstance(value, Tensor):
         return value.detach().double().cpu().numpy()
     return [_on_host(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def collect_metric(metrics: dict[str, list[float]], name: str, value: float) -> None:
-    """Keep a value that a function wants logged; handed to it without the first argument."""
+    """Add a value to the metrics; functions get it as `log_metric(name, value)`."""
     metrics.setdefault(name, []).append(float(value))

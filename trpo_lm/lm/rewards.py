@@ -1,12 +1,12 @@
-"""Where scores come from: several reward functions and reward models as one, checked.
+"""Several reward functions and reward models as one, with every result checked.
 
 A reward function takes the keywords it names out of `KEYWORDS` and the dataset's columns and
-returns one entry for each completion: a number (paid at the last action), a list of numbers (one
-for each token, paid where they stand) or None to abstain. A reward model is a classifier with a
+returns one entry for each completion: a number (paid at the last action), a list with one number
+per token (each paid at its token) or None to abstain. A reward model is a classifier with a
 tokenizer of its own (`reward_models`). Both may score unfinished text, for the prefix critic.
 
-Nothing is clipped, normalised or replaced here: a reward that cannot be used is an error that names
-the function and the sample.
+Nothing is clipped, normalised or replaced here: an unusable reward is an error that names the
+function and the sample.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ _SIGNATURE_HINT = f"a reward takes some of {', '.join(KEYWORDS)} and the dataset
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """What N completions earned.
+    """The rewards of N completions.
 
     Attributes:
-        score: (N,) float64, weighted sum over the functions that did not abstain; nan where none
-            spoke or the row was skipped. Equals `terminal` plus the sum of `token_rewards`.
+        score: (N,) float64, weighted sum over the functions that did not abstain; nan if every
+            function abstained or the row was skipped. Equals `terminal` plus the sum of
+            `token_rewards`.
         valid: (N,) bool, rows with a score.
         terminal: (N,) float64, the part of `score` paid at the last action; 0 where not valid.
         token_rewards: One weighted reward for each token of each completion, zeros where not valid;
             None if no function returned lists.
-        columns: Unweighted values of each function (the sum of a list); None where it abstained or
+        columns: Unweighted values of each function (the sum of a list); None if it abstained or
             the value was skipped.
-        logged: Mean of what the functions passed to `log_metric`, by name.
+        logged: Mean of the values that functions passed to `log_metric`, by name.
     """
 
     score: Tensor
@@ -61,28 +62,28 @@ def scores_prefixes(function: Callable) -> Callable:
     """Declare that a reward function can score unfinished text, for the prefix critic.
 
     It is then also called with prefixes as `completions`, without `completion_ids` and
-    `trainer_state`, and returns one number for each: the better that tells how the whole will
-    score, the better the critic.
+    `trainer_state`, and returns one number for each: the better it predicts the score of the whole,
+    the better the critic.
     """
     function.scores_prefixes = True  # type: ignore[attr-defined]
     return function
 
 
 def abstain(completions: list[str]) -> list[None]:
-    """Score nothing: the reward of rollouts that are only looked at."""
+    """Score nothing; for rollouts that need no reward."""
     return [None] * len(completions)
 
 
 def load_reward(target: str) -> Callable:
     """Import the reward function that `module:callable` names, for command lines.
 
-    The code of the module is run; elsewhere a string only ever names a reward model.
+    This runs the code of the module; elsewhere a string only ever names a reward model.
 
     Args:
-        target: A module that Python can import, as on its own command line, and a name in it.
+        target: A module that Python can import, and a name in it.
 
     Raises:
-        TrpoLMError: If it is not of that form, cannot be imported, or is no reward function.
+        TrpoLMError: If it has another form, cannot be imported, or is not a reward function.
     """
     module, colon, name = target.partition(":")
     if not (colon and name.isidentifier() and all(p.isidentifier() for p in module.split("."))):
@@ -95,7 +96,7 @@ def load_reward(target: str) -> Callable:
     except Exception as error:
         raise TrpoLMError(
             f"reward function {target!r} cannot be imported: {type(error).__name__}: {error}",
-            hint="is its folder in PYTHONPATH?",
+            hint="check that its folder is in PYTHONPATH",
         ) from error
     _signature(function, target)
     return function
@@ -105,13 +106,13 @@ class Rewards:
     """Several reward functions as one.
 
     Args:
-        reward_funcs: One or a list of: callables (async ones too), reward models, or models and
-            their names, which become a `RewardModel`.
+        reward_funcs: One or a list of: callables (also async), reward models, or models and names
+            of models, which become a `RewardModel`.
         reward_weights: One finite weight for each function, not all zero; default 1.
-        on_bad_reward: What a nan or infinite reward does: "error", or "skip" to drop the row.
+        on_bad_reward: "error" if a reward is nan or infinite, or "skip" to drop its row.
         timeout: Seconds a function (not a reward model) may take. Each function then runs in a
-            process of its own, which is killed when the time is over.
-        reward_model_options: Keywords for the reward models made here.
+            process of its own, which is killed when its time is up.
+        reward_model_options: Keywords for the reward models created here.
 
     Attributes:
         names: A distinct name for each function.
@@ -131,22 +132,23 @@ class Rewards:
         timeout: float | None = None,
         reward_model_options: dict[str, Any] | None = None,
     ):
-        given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        if not given:
+        many = isinstance(reward_funcs, (list, tuple))
+        functions = list(reward_funcs) if many else [reward_funcs]
+        if not functions:
             raise TrpoLMError("reward_funcs is empty", hint=_SIGNATURE_HINT)
         if on_bad_reward not in ("error", "skip"):
             raise TrpoLMError(f"on_bad_reward = {on_bad_reward!r} must be 'error' or 'skip'")
-        self.weights = [1.0] * len(given) if reward_weights is None else list(reward_weights)
+        self.weights = [1.0] * len(functions) if reward_weights is None else list(reward_weights)
         finite = all(isinstance(w, numbers.Real) and math.isfinite(w) for w in self.weights)
-        if len(self.weights) != len(given) or not finite or not any(self.weights):
+        if len(self.weights) != len(functions) or not finite or not any(self.weights):
             raise TrpoLMError(
-                f"reward_weights = {reward_weights!r} must be {len(given)} finite numbers, one for "
-                "each reward function, not all zero"
+                f"reward_weights = {reward_weights!r} must be {len(functions)} finite numbers, one "
+                "for each reward function, not all zero"
             )
         self.on_bad_reward, self.timeout = on_bad_reward, timeout
         self.functions: list[Any] = []
         self.names: list[str] = []
-        for i, function in enumerate(given):
+        for i, function in enumerate(functions):
             is_model = isinstance(function, torch.nn.Module) and hasattr(function, "config")
             if is_model or isinstance(function, str):
                 function = RewardModel(function, **(reward_model_options or {}))
@@ -164,12 +166,12 @@ class Rewards:
         self._start_workers()
 
     def check_columns(self, column_names: Iterable[str]) -> None:
-        """Raise `TrpoLMError` if a function requires what is neither a keyword nor a column."""
+        """Raise `TrpoLMError` if a function requires an argument that is no keyword or column."""
         columns = sorted(column_names)
         for name, (required, _) in zip(self.names, self._signatures, strict=True):
             if absent := sorted(required - {*KEYWORDS, *columns}):
                 raise TrpoLMError(
-                    f"reward {name!r} requires {', '.join(absent)}, which is no column of the "
+                    f"reward {name!r} requires {', '.join(absent)}, which is not a column of the "
                     f"dataset ({', '.join(columns) or 'it has none'})",
                     hint=_SIGNATURE_HINT,
                 )
@@ -189,28 +191,30 @@ class Rewards:
             completions: (N,) strings or lists of messages.
             completion_ids: (N,) token ids, without padding.
             columns: Further columns of the dataset, (N,) each.
-            trainer_state: Handed to the functions that ask for it.
+            trainer_state: Passed to the functions that name it.
 
         Raises:
-            RunFault: If a function raises, takes too long, or returns what cannot be used.
+            RunFault: If a function raises, takes too long, or returns something unusable.
         """
         self.check_columns(columns)
-        known = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        known["trainer_state"] = trainer_state
-        results, metrics = self._run(range(len(self.functions)), {**columns, **known})
+        keywords = {
+            "prompts": prompts, "completions": completions, "completion_ids": completion_ids,
+            "trainer_state": trainer_state,
+        }  # fmt: skip
+        results, metrics = self._run(range(len(self.functions)), {**columns, **keywords})
         lengths = [len(ids) for ids in completion_ids]
-        values = [self._checked(k, result, prompts, lengths) for k, result in enumerate(results)]
+        values = [self._validate(k, result, prompts, lengths) for k, result in enumerate(results)]
 
         weights = np.array(self.weights, dtype=float)
-        said = np.array([[v is not None for v in row] for row in values], dtype=bool)  # (F, N)
+        present = np.array([[v is not None for v in row] for row in values], dtype=bool)  # (F, N)
         listed = np.array([[isinstance(v, list) for v in row] for row in values], dtype=bool)
         sums = np.array([[_total(v) for v in row] for row in values], dtype=float)
         skipped = np.isnan(sums).any(axis=0)
-        valid = said[weights != 0].any(axis=0) & ~skipped
+        valid = present[weights != 0].any(axis=0) & ~skipped
         token_rewards = [np.zeros(length) for length in lengths]
         for k, i in np.argwhere(listed & valid):
             token_rewards[i] += weights[k] * np.array(values[k][i])
-        logged = {name: sum(found) / len(found) for name, found in metrics.items()}
+        logged = {name: sum(series) / len(series) for name, series in metrics.items()}
         if self.on_bad_reward == "skip":
             logged["rewards/skipped"] = float(skipped.sum())
         return RewardBatch(
@@ -220,7 +224,7 @@ class Rewards:
             token_rewards=[row.tolist() for row in token_rewards] if listed.any() else None,
             columns={
                 name: [x if a and math.isfinite(x) else None for a, x in zip(*row, strict=True)]
-                for name, *row in zip(self.names, said.tolist(), sums.tolist(), strict=True)
+                for name, *row in zip(self.names, present.tolist(), sums.tolist(), strict=True)
             },
             logged=logged,
         )
@@ -241,21 +245,21 @@ class Rewards:
             columns: Further columns of the dataset, (N,) each.
 
         Returns:
-            Scores in the shape of `prefixes`; what abstains on a prefix, or is skipped, adds 0.
+            Scores in the shape of `prefixes`; a function that abstains, or is skipped, adds 0.
 
         Raises:
             RunFault: As for whole completions.
         """
         states = [(i, text) for i, row in enumerate(prefixes) for text in row]
-        known = {name: [column[i] for i, _ in states] for name, column in (columns or {}).items()}
-        known["prompts"] = [prompts[i] for i, _ in states]
-        known["completions"] = [
+        inputs = {name: [column[i] for i, _ in states] for name, column in (columns or {}).items()}
+        inputs["prompts"] = [prompts[i] for i, _ in states]
+        inputs["completions"] = [
             text if isinstance(completions[i], str) else [{"role": "assistant", "content": text}]
             for i, text in states
         ]
         weighted = [k for k, weight in enumerate(self.weights) if weight]
         plain = [k for k in weighted if not isinstance(self.functions[k], RewardModel)]
-        results = dict(zip(plain, self._run(plain, known)[0], strict=True))
+        results = dict(zip(plain, self._run(plain, inputs)[0], strict=True))
         total = np.zeros(len(states))
         for k in weighted:
             if k not in results:
@@ -263,13 +267,13 @@ class Rewards:
                 (rows,) = call([(self.functions[k].score_prefixes, keywords)])
                 self._raise_failure(k, rows, prompts)
                 results[k] = [score for row in rows for score in row]
-            values = self._checked(k, results[k], known["prompts"], None)
+            values = self._validate(k, results[k], inputs["prompts"], None)
             total += self.weights[k] * np.nan_to_num([_total(v) for v in values])
         scores = iter(total.tolist())
         return [[next(scores) for _ in row] for row in prefixes]
 
     def close(self) -> None:
-        """End the worker processes; a later call starts new ones."""
+        """Kill the worker processes; a later call starts new ones."""
         while self._workers:
             self._workers.popitem()[1].close()
 
@@ -280,7 +284,7 @@ class Rewards:
         self.close()
 
     def _start_workers(self) -> None:
-        """With a time limit, give each function a process; reward models stay in this one."""
+        """With a time limit, start a process for each function; reward models stay in this one."""
         try:
             for k, function in enumerate(self.functions if self.timeout else ()):
                 if k not in self._workers and not isinstance(function, RewardModel):
@@ -290,37 +294,37 @@ class Rewards:
             raise
 
     def _run(
-        self, which: Iterable[int], known: dict[str, Any]
+        self, which: Iterable[int], inputs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, list[float]]]:
-        """Call the functions `which` with what each takes of `known`.
+        """Call the functions `which`, each with the inputs it names.
 
         Returns:
-            What each returned, and the values passed to `log_metric`, by name.
+            The result of each, and the values passed to `log_metric`, by name.
         """
         metrics: dict[str, list[float]] = {}
-        if not known["prompts"]:
+        if not inputs["prompts"]:
             return [[] for _ in which], metrics
-        known = {**known, "log_metric": functools.partial(collect_metric, metrics)}
+        inputs = {**inputs, "log_metric": functools.partial(collect_metric, metrics)}
         keywords = {}
         for k in which:
             _, accepted = self._signatures[k]
-            keywords[k] = {n: v for n, v in known.items() if accepted is None or n in accepted}
+            keywords[k] = {n: v for n, v in inputs.items() if accepted is None or n in accepted}
         try:
             self._start_workers()
-            elsewhere = [k for k in keywords if k in self._workers]
-            for k in elsewhere:
+            remote = [k for k in keywords if k in self._workers]
+            for k in remote:
                 self._workers[k].ask(keywords[k], self.timeout or math.inf)
-            here = [k for k in keywords if k not in self._workers]
-            found = call([(self.functions[k], keywords[k]) for k in here])
-            results = dict(zip(here, found, strict=True))
-            for k in elsewhere:
-                results[k], remote = self._workers[k].answer()
-                for name, values in remote.items():
+            local = [k for k in keywords if k not in self._workers]
+            answers = call([(self.functions[k], keywords[k]) for k in local])
+            results = dict(zip(local, answers, strict=True))
+            for k in remote:
+                results[k], remote_metrics = self._workers[k].answer()
+                for name, values in remote_metrics.items():
                     metrics.setdefault(name, []).extend(values)
             for k, result in results.items():
-                self._raise_failure(k, result, known["prompts"])
+                self._raise_failure(k, result, inputs["prompts"])
         except BaseException:
-            self.close()  # no process stays behind, busy with a call that nobody waits for
+            self.close()  # leave no worker busy with an abandoned call
             raise
         return [results[k] for k in keywords], metrics
 
@@ -328,7 +332,7 @@ class Rewards:
         """Raise if the call of function `k` ended in an exception."""
         if isinstance(result, BaseException):
             ours = isinstance(result, (TrpoLMError, torch.OutOfMemoryError))
-            if ours or not isinstance(result, Exception):  # a signal, met by an async function
+            if ours or not isinstance(result, Exception):  # a signal, raised in an async function
                 raise result
             kind = "" if isinstance(result, RemoteFailure) else f"{type(result).__name__}: "
             where = f"{len(prompts)} samples, the first with prompt {_excerpt(prompts[0])}"
@@ -336,19 +340,19 @@ class Rewards:
                 f"reward {self.names[k]!r} raised {kind}{result}", where=where
             ) from result
 
-    def _checked(
+    def _validate(
         self, k: int, result: Any, prompts: list, lengths: list[int] | None
     ) -> list[float | list[float] | None]:
-        """Return what function `k` said about each sample, or raise `RunFault`.
+        """Return the rewards of function `k`, or raise `RunFault`.
 
         Args:
             k: Index of the function.
-            result: What it returned.
-            prompts: (N,), to say which sample it is about.
-            lengths: (N,) tokens of each completion; None where lists are not allowed.
+            result: Its result.
+            prompts: (N,), to name the sample in an error.
+            lengths: (N,) tokens of each completion; None if lists are not allowed.
 
         Returns:
-            (N,) None, a number, or a number for each token; nan where a row is to be skipped.
+            (N,) None, a number, or a number for each token; nan for a row to skip.
         """
         reward, count = f"reward {self.names[k]!r}", f"for {len(prompts)} completions"
         if isinstance(result, np.ndarray):
@@ -379,7 +383,7 @@ class Rewards:
 
 
 def _total(value: float | list[float] | None) -> float:
-    """Return what a function paid for one completion."""
+    """Return the sum of a function's rewards for one completion."""
     return float(sum(value) if isinstance(value, list) else value or 0.0)
 
 
@@ -390,7 +394,7 @@ def _excerpt(prompt: Any) -> str:
 
 
 def _name(function: Any, index: int, taken: list[str]) -> str:
-    """Return a name for a function that no other one has."""
+    """Return a name for a function, distinct from the ones taken."""
     inner = getattr(function, "func", function)  # functools.partial
     name = getattr(inner, "__name__", type(inner).__name__)
     name = f"reward_{index}" if name == "<lambda>" else name
@@ -399,7 +403,7 @@ def _name(function: Any, index: int, taken: list[str]) -> str:
 
 
 def _signature(function: Any, name: str) -> tuple[set[str], set[str] | None]:
-    """Return the arguments a function requires, and those it takes (None: any)."""
+    """Return the arguments that a function requires, and those it accepts (None: any)."""
     if not callable(function):
         raise TrpoLMError(f"reward {function!r} is not callable", hint=_SIGNATURE_HINT)
     parameters = []
@@ -412,7 +416,8 @@ def _signature(function: Any, name: str) -> tuple[set[str], set[str] | None]:
     if unnamed or not (anything or {"completions", "completion_ids"} & set(named)):
         arguments = ", ".join(p.name for p in parameters)
         raise TrpoLMError(
-            f"reward {name!r} takes ({arguments}): it cannot be given `completions` by name",
+            f"reward {name!r} takes ({arguments}); it needs `completions` or `completion_ids`, and "
+            "no positional-only argument",
             hint=_SIGNATURE_HINT,
         )
     required = {n for n, default in named.items() if default is inspect.Parameter.empty}

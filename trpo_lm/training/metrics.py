@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trpo_lm.core.advantages import EQUAL
 from trpo_lm.errors import RunFault
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
@@ -73,7 +74,6 @@ def metrics_row(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 NOISY_BATCHES, NOISY_UPDATES = 10, 5  # a noise scale worth a word, and over how many updates
-EQUAL = 1e-12  # rewards that differ by less than this share of their size differ by rounding
 
 
 def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[dict[str, Any], int, int]:
