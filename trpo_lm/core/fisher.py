@@ -10,8 +10,8 @@ One product costs about one forward+backward of the same tokens, in three steps:
     c -> J^T c        one more vector-Jacobian product
 
 The graph is built once an update, on a subset of whole completions, with the mathematical attention
-kernel (the fused kernels have no second derivative) and with elementwise activations
-linearised once: the Jacobian needs only their slope. A model whose layers have no second derivative
+kernel (the fused kernels have no second derivative) and with elementwise activations linearised
+once: the Jacobian needs only their slope. A model whose layers have no second derivative
 (hand-written kernels, quantised weights) gets its products as finite differences of grad D.
 
 Source: the Gauss-Newton form of the Fisher, Martens (2020), arXiv:1412.1193, section 9.2; the

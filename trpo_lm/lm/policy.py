@@ -186,18 +186,18 @@ class Policy:
     def graph_bytes(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> int:
         """Return the bytes of memory that the graph of `features` holds, weights not counted."""
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        held: dict[int, int] = {}
+        storages: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                held[storage.data_ptr()] = storage.nbytes()
+                storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.enable_grad(), hooks:
             _ = self.features(input_ids, attention_mask, state_mask)
-        return sum(held.values())
+        return sum(storages.values())
 
     def logprobs(self, features: Tensor) -> Tensor:
         """Return log pi(.|s) for features (n, D): (n, V), in at least float32.
@@ -300,7 +300,7 @@ class Policy:
         probe["state_mask"] = probe["attention_mask"].bool()
         reason = lacks_second_derivative(lambda: self.linearised(**probe), self.parameters)
         if reason is not None:
-            logger.warning("Fisher products will be finite differences: %s", reason)
+            logger.warning("Fisher products fall back to finite differences: %s", reason)
         return reason
 
     @torch.no_grad()
