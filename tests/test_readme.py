@@ -112,7 +112,8 @@ def test_every_other_command_names_what_there_is(document, command):
         return
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     if words[0] == "python" and words[1].endswith(".py"):
-        return compile((ROOT / words[1]).read_text(encoding="utf-8"), words[1], "exec")
+        compile((ROOT / words[1]).read_text(encoding="utf-8"), words[1], "exec")
+        return
     if words[:2] == ["python", "-m"]:
         words = words[2:]
     assert words[0] in TOOLS

@@ -15,14 +15,14 @@ nothing of it reaches the policy's parameters. Sums cross ranks; the solve is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from trpo_lm.core.parameters import Reduce
+
 FORGETTING = 0.95  # weight of the past per update; about the last 20 batches count
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Critic(Protocol):
