@@ -1,4 +1,4 @@
-"""Critics: V(s_t), what a completion is expected to be paid from a state on.
+"""Critics: V(s_t), the expected return from a state on.
 
 Both critics are linear, fitted by running least squares with exponential forgetting, on earlier
 batches only: the batch a critic is applied to never enters its own baseline, so at lambda = 1 the
@@ -6,7 +6,7 @@ gradient stays unbiased however wrong the critic is. There is no learning rate, 
 nothing of it reaches the policy's parameters. Sums cross ranks; the solve is the same everywhere.
 
 `PrefixCritic`   V(s_t) = a_t score(prompt + y_<t) + c_t, a line for each position t: the reward
-                 model's own opinion of the unfinished text, calibrated.
+                 model's score of the unfinished text, calibrated.
 `ValueHead`      V(s_t) = w . [hidden state of the reference, prefix score if there is one, 1].
                  The reference never changes, so old batches stay valid evidence; the ridge is
                  chosen by the error on each new batch before it is learned from.
@@ -50,15 +50,15 @@ class Critic(Protocol):
         valid: Tensor,
         reduce: Reduce,
     ) -> None:
-        """Learn from a batch whose values were already used; rows where `valid` is False do not."""
+        """Learn from a batch whose values were used; rows where `valid` is False do not count."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything a checkpoint must keep."""
+        """Return the tensors of a checkpoint."""
         ...
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         ...
 
 
@@ -79,7 +79,7 @@ class NoCritic:
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take nothing."""
+        """Restore nothing."""
 
 
 class PrefixCritic:
@@ -143,7 +143,7 @@ class PrefixCritic:
         return {"sums": self.sums, "origin": self.origin, "seen": self.seen}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back the running sums."""
+        """Restore the running sums."""
         self.sums, self.origin, self.seen = state["sums"], state["origin"], state["seen"]
 
 
@@ -223,7 +223,7 @@ class ValueHead:
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back the running sums."""
+        """Restore the running sums."""
         for name in ("gram", "origin", "errors", "seen"):
             setattr(self, name, state[name])
 

@@ -58,7 +58,7 @@ class State:
 
 
 class TokenMDP:
-    """Prompts in, completions and rewards out.
+    """The MDP of a tokenizer and a reward: prompts in, completions and rewards out.
 
     Args:
         tokenizer: Of the policy's model.
@@ -112,7 +112,7 @@ class TokenMDP:
         return after, float(paid), terminated, truncated
 
     def text(self, ids: Sequence[int]) -> str:
-        """Return a completion as the reward functions see it: no special tokens."""
+        """Decode a completion for the reward functions: no special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def rollout(
@@ -162,7 +162,7 @@ class TokenMDP:
         columns: dict[str, list],
         trainer_state: Any = None,
     ) -> Rollout:
-        """Return the rollout that N sampled completions are, with their scores.
+        """Build a scored rollout from N sampled completions.
 
         Args:
             prompts: Of each completion, (N,).
@@ -203,11 +203,11 @@ class TokenMDP:
         return [[self.text(ids[:t]) for t in range(len(ids))] for ids in rollout.completion_ids]
 
     def prefix_scores(self, rollout: Rollout) -> Tensor:
-        """Return the reward functions' score of the text of every state, (N, T) float64."""
-        told = self.rewards.score_prefixes(
+        """Return the score of the text of every state, (N, T) float64."""
+        scores = self.rewards.score_prefixes(
             rollout.prompts, rollout.completions, self.prefix_texts(rollout), rollout.columns
         )
-        flat = [score for row in told for score in row]
+        flat = [score for row in scores for score in row]
         return rollout.padded(torch.tensor(flat, dtype=torch.float64))
 
     def left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ class TokenMDP:
             eos_token_id=self.eos_token_ids or None,
             pad_token_id=self.pad_token_id,
         )
-        own, policy.base.generation_config = policy.base.generation_config, config
+        shipped, policy.base.generation_config = policy.base.generation_config, config
         try:
             with global_seed(*seed, device=policy.device):  # type: ignore[misc]
                 out = policy.base.generate(
@@ -237,7 +237,7 @@ class TokenMDP:
                     logits_processor=LogitsProcessorList([_FiniteLogits()]),
                 )
         finally:
-            policy.base.generation_config = own
+            policy.base.generation_config = shipped
         out = out[:, ids.shape[1] :].cpu()
         missing = self.max_completion_length - out.shape[1]
         return torch.nn.functional.pad(out, (0, missing), value=self.pad_token_id)
@@ -266,7 +266,7 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 
 def _token_rewards(scores: RewardBatch, lengths: Tensor, T: int) -> Tensor:
-    """Pay the terminal part at the last action of each row, and token rewards where they belong."""
+    """Return (N, T): the terminal reward at each row's last action, plus its token rewards."""
     rewards = torch.zeros(len(lengths), T, dtype=torch.float64)
     rewards[torch.arange(len(lengths)), lengths - 1] = scores.terminal
     for row, values in enumerate(scores.token_rewards or []):
@@ -275,17 +275,18 @@ def _token_rewards(scores: RewardBatch, lengths: Tensor, T: int) -> Tensor:
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return every id that ends a completion: the model's generation config and the tokenizer's."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = own if isinstance(own, list) else [own]
+    """Return every id that ends a completion, by the generation config or the tokenizer."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    ids = eos if isinstance(eos, list) else [eos]
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
 def ignored_sampling(model: Any) -> dict[str, Any]:
-    """Return the sampling settings that a model ships and training does not use."""
-    own = getattr(model.generation_config, "to_diff_dict", dict)()
+    """Return the sampling settings of the model's generation config that training ignores."""
+    shipped = getattr(model.generation_config, "to_diff_dict", dict)()
     return {
-        name: own[name]
+        name: shipped[name]
         for name, neutral in NEUTRAL_SAMPLING.items()
-        if name not in ("do_sample", "num_beams") and own.get(name, neutral) not in (neutral, None)
+        if name not in ("do_sample", "num_beams")
+        and shipped.get(name, neutral) not in (neutral, None)
     }

@@ -1,4 +1,4 @@
-"""Completions that were sampled, and what old policy and reference say about their states.
+"""Sampled completions, and the old policy and the reference at their states.
 
 A `Rollout` is what the MDP returns; a `Batch` adds one pass of the old policy and one of the
 reference. Masks come from lengths, never from token values: the pad token may well be EOS.
@@ -23,7 +23,7 @@ MOST_ROWS = 64  # completions per forward pass where memory allows
 
 @dataclass(frozen=True)
 class Rollout:
-    """N completions and what they were paid.
+    """N completions with their rewards.
 
     Its tensors live on the CPU; `Policy` moves what it runs on.
 
@@ -35,8 +35,8 @@ class Rollout:
         action_mask: True where the policy chose the token, (N, T).
         truncated: Ended by the length limit, not by EOS, (N,) bool.
         rewards: Reward of each action, (N, T) float64.
-        scores: What the reward functions said.
-        score_seconds: Time they took.
+        scores: Of the reward functions.
+        score_seconds: Time of scoring.
     """
 
     prompts: list[Prompt]
@@ -71,13 +71,13 @@ class Rollout:
         return self.input_ids[:, -self.action_mask.shape[1] :][self.action_mask]
 
     def padded(self, flat: Tensor) -> Tensor:
-        """Lay (S,) values of the action tokens out as (N, T), zeros elsewhere."""
+        """Return (S,) values of the action tokens as (N, T), zeros elsewhere."""
         out = flat.new_zeros(self.action_mask.shape)
         out[self.action_mask.to(flat.device)] = flat
         return out
 
     def token_index(self, rows: Tensor) -> Tensor:
-        """Return where the action tokens of some rows stand in the flat order, row by row."""
+        """Return the flat indices of the action tokens of some rows, row by row."""
         start = self.lengths.cumsum(0) - self.lengths
         return torch.cat([torch.arange(s, s + n) for s, n in self._spans(start, rows)])
 
@@ -104,12 +104,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout with what the old policy and the reference say about its states.
+    """A rollout with the old policy and the reference at each of its states.
 
     Attributes:
         rollout: The completions, N.
         old_features, ref_features: Features of both at every state, (S, D).
-        hidden: The reference's last hidden states, (S, D): what a value head looks at.
+        hidden: The reference's last hidden states, (S, D): features of a value head.
         old_logprobs, ref_logprobs: log-probability of each action, (S,), nats.
         entropy: Entropy of pi_old at each state, (S,), nats.
         ref_kl: KL(pi_old ‖ pi_ref) at each state, exact, (S,), nats.
