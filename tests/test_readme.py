@@ -17,6 +17,10 @@ import trpo_lm
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
+PAGES = (
+    *DOCUMENTS, "CHANGELOG.md", "tests/README.md", "data/README.md",
+    "recipes/statements/README.md", "recipes/benchmarks/README.md",
+)  # fmt: skip
 LAUNCHERS = {"python", "accelerate", "torchrun"}
 TOOLS = {"pip", "ruff", "pyright", "pytest"}
 
@@ -52,7 +56,7 @@ def test_every_symbol_of_the_map_exists(place):
         body = getattr(found[0], "body", [])
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
+@pytest.mark.parametrize("document", PAGES)
 def test_every_link_leads_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
@@ -66,6 +70,14 @@ def test_every_recipe_has_its_command():
             continue  # a part of a recipe
         name = path.relative_to(ROOT).as_posix()
         assert re.search(rf"^    .*\b{re.escape(name)}", text, re.M), name
+
+
+def test_every_case_has_its_text():
+    tests = [p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py")]
+    names = re.findall(r"^def (test_\w+)", "\n".join(tests), re.M)
+    used = {case for name in names for case in re.findall(r"_([A-Z]\d\d)(?=_)", name)}
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    assert used == set(re.findall(r"^\| ([A-Z]\d\d) \|", text, re.M))
 
 
 def test_python_examples_compile():

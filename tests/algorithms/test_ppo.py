@@ -1,15 +1,12 @@
 """PPO and its relatives: each against an independent computation on a tiny case."""
 
-import json
 import threading
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load, save
 
-from trpo_lm.algorithms.algorithm import packed, unpacked
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.advantages import gae, group_normalised, leave_one_out
@@ -224,24 +221,6 @@ def test_beta_moves_towards_its_target(target, direction):
 
 
 # ---- state and ranks ----
-
-
-def test_state_survives_a_round_trip_through_files():
-    """Two updates, or one, JSON and safetensors, and another: the same bits."""
-    algorithm = PPO(learning_rate=0.02, target_ref_kl=0.5)
-
-    def run(*, through_files):
-        policy, batch = start()
-        state = algorithm.init_state(policy.parameters)
-        for update in (1, 2):
-            state, _ = algorithm.update(tiny.objective(policy, batch, seed=(0, update)), state)
-            if through_files:
-                numbers, tensors = unpacked(state)
-                fresh = algorithm.init_state(policy.parameters)
-                state = packed(fresh, json.loads(json.dumps(numbers)), load(save(tensors)))
-        return policy.parameters.checksum()
-
-    assert run(through_files=True) == run(through_files=False)
 
 
 def part_of(policy, batch, rows):

@@ -10,8 +10,6 @@ import torch
 
 import trpo_lm.algorithms.trpo
 import trpo_lm.lm.policy
-from trpo_lm.algorithms.algorithm import with_default_lam
-from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TRPOSettings
 from trpo_lm.core.adaptation import KL_MARGIN, RadiusRatio, budget_on_batch
@@ -264,9 +262,3 @@ def test_advantages_leave_abstaining_rows_at_zero():
     used = batch.rollout.action_mask & valid[:, None]
     assert float(A[used].mean()) == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(A, whiten(A, used, tiny.identity))
-
-
-@pytest.mark.parametrize("algorithm", [TRPO, PPO])
-def test_settings_keep_the_given_lambda(algorithm):
-    assert with_default_lam(algorithm(), 0.5).lam == 0.5
-    assert with_default_lam(algorithm(lam=0.0), 0.5).lam == 0.0
