@@ -1,4 +1,4 @@
-"""JSON lines that survive a crash: append, read, truncate."""
+"""Files that survive a crash: atomic replacement; JSON lines appended, read and truncated."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from typing import Any
 from trpo_lm.errors import RunFault, TrpoLMError
 
 
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write a whole file: after a crash `path` holds either its old content or all of `content`."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def append_json_line(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append `row` to `path` as one line of JSON, ASCII only, so that any terminal may show it.
+    """Append `row` to `path` as one line of JSON, ASCII only, so that any terminal can show it.
 
     Args:
-        path: File to append to; made when it does not exist.
-        row: Names to JSON values, tensors or numpy values. What is nan or infinite becomes null,
-            and the names it was found under are listed as "nonfinite".
+        path: File to append to; created if it does not exist.
+        row: Names to JSON values, tensors or numpy values. Values that are nan or infinite become
+            null, and their names are listed as "nonfinite".
 
     Raises:
         RunFault: If the line could not be written.
@@ -26,9 +37,9 @@ def append_json_line(path: str | Path, row: Mapping[str, Any]) -> None:
     plain: dict[str, Any] = {}
     nonfinite = []
     for name, value in row.items():
-        lost: list[float] = []
-        plain[name] = _plain(value, lost)
-        if lost:
+        bad: list[float] = []
+        plain[name] = _plain(value, bad)
+        if bad:
             nonfinite.append(name)
     if nonfinite:
         plain["nonfinite"] = nonfinite
@@ -40,21 +51,21 @@ def append_json_line(path: str | Path, row: Mapping[str, Any]) -> None:
         raise RunFault(f"a line could not be written: {error.strerror}", where=str(path)) from error
 
 
-def _plain(value: Any, lost: list[float]) -> Any:
-    """Return `value` in JSON's types; numbers JSON does not have become None and go to `lost`."""
+def _plain(value: Any, bad: list[float]) -> Any:
+    """Return `value` in JSON's types; nan and infinity become None and are appended to `bad`."""
     if hasattr(value, "tolist"):  # tensors and numpy values alike
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(name): _plain(item, lost) for name, item in value.items()}
+        return {str(name): _plain(item, bad) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, lost) for item in value]
+        return [_plain(item, bad) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return lost.append(value)
+        return bad.append(value)
     return value
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of `path`; a last line torn by an interruption is dropped.
+    """Return the rows of `path`; an incomplete last line, left by an interruption, is dropped.
 
     Raises:
         TrpoLMError: If the file is missing, or any other line is not a JSON object.
@@ -63,21 +74,15 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_json_lines(path: str | Path, update: int) -> None:
-    """Drop the rows after `update`, as a run does that goes on from that update's checkpoint.
+    """Drop the rows after `update`, before a run resumes from that update's checkpoint.
 
-    Kept lines stay as they are, byte for byte; a crash leaves either the old file or the new one.
-    Rows without an "update" are kept, and a file that does not exist is left so.
+    Other lines stay as they are, byte for byte, and so do rows without an "update". A file that
+    does not exist is not created.
     """
     path = Path(path)
-    if not path.exists():
-        return
-    kept = [line for line, row in _parsed_lines(path) if row.get("update", update) <= update]
-    new = path.with_name(f".tmp-{path.name}")
-    with open(new, "wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    if path.exists():
+        lines = [line for line, row in _parsed_lines(path) if row.get("update", update) <= update]
+        replace_file(path, b"".join(line + b"\n" for line in lines))
 
 
 def _parsed_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -92,7 +97,7 @@ def _parsed_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == len(lines):  # nothing ended this line: its writer was interrupted
+            if number == len(lines):  # no line end follows: its writer was interrupted
                 break
             raise TrpoLMError("not JSON", where=f"{path}, line {number}") from error
         if not isinstance(row, dict):
