@@ -67,11 +67,11 @@ def run() -> None:
     print(f"evaluating {a.run}: loading torch and transformers ...", flush=True)
 
     from trpo_lm.analysis.saved_run import evaluate, held_out_prompts, open_run
+    from trpo_lm.lm.loading import quiet_loading
     from trpo_lm.lm.prompts import Prompts, load_prompts
     from trpo_lm.lm.reward_models import RewardModel
     from trpo_lm.lm.rewards import load_reward
     from trpo_lm.training.console import Console
-    from trpo_lm.training.trainer import quiet_loading
 
     reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
     opened = open_run(a.run, a.checkpoint, reward=reward)

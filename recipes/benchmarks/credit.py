@@ -42,7 +42,7 @@ class Arguments:
 def run() -> None:
     """Measure all critics on the same completions and print a table."""
     (a,) = parse((Arguments,), description=__doc__)
-    from trpo_lm.training.trainer import load_tokenizer
+    from trpo_lm.lm.loading import load_tokenizer
 
     tables = [_measure(a, seed, load_tokenizer(a.model)) for seed in range(a.seeds)]
     rows = {}

@@ -23,6 +23,7 @@ import trpo_lm.training.trainer
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.core.trust_region import Step
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.loading import load_tokenizer
 from trpo_lm.lm.mdp import measure
 from trpo_lm.training.metrics import METRICS
 
@@ -434,7 +435,7 @@ def test_the_folder_of_a_finished_run(finished):
 
 def test_vanilla_peft_loads_the_adapter_and_says_the_same(finished):
     folder, made, _ = finished
-    base = trpo_lm.training.trainer.load_tokenizer(str(folder / "model"))
+    base = load_tokenizer(str(folder / "model"))
     model = tiny.build()
     loaded = PeftModel.from_pretrained(model, str(folder / "run")).eval()
     ids = base("w1 w2 w3", return_tensors="pt")

@@ -24,6 +24,7 @@ from trpo_lm.analysis.probe import probe
 from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.critic import Critic, make_critic
+from trpo_lm.lm.loading import load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import Rollout, TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompts, load_prompts
@@ -32,7 +33,7 @@ from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.report.statistics import bootstrap_interval
 from trpo_lm.storage import read_json_lines
 from trpo_lm.training.artifacts import CRITIC
-from trpo_lm.training.trainer import HELD_OUT, METRICS, load_tokenizer, quiet_loading
+from trpo_lm.training.trainer import HELD_OUT, METRICS
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -203,8 +204,7 @@ def merge(run: FinishedRun, out: str | Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrpoLMError(f"{out} exists and is not empty", where="out", hint="name a new folder")
     policy = run.policy
-    ids = torch.arange(8, device=policy.device)[None] % policy.vocabulary_size
-    probe_text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    probe_text = policy.probe_inputs()
     with torch.no_grad():
         before = policy.base(**probe_text).logits.float()
         model: Any = policy.model.merge_and_unload()

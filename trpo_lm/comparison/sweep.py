@@ -29,11 +29,11 @@ from trpo_lm.comparison.limit import limit_curve, reference_scores
 from trpo_lm.comparison.trl_arms import check_trl, train_with_trl
 from trpo_lm.config import TrainerConfig, TRLSettings, describe
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
+from trpo_lm.lm.loading import load_model, quiet_loading
 from trpo_lm.lm.mdp import Rollout
-from trpo_lm.lm.policy import load_model
 from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.reward_models import RewardModel
-from trpo_lm.training.trainer import FREE, Algorithm, Trainer, quiet_loading
+from trpo_lm.training.trainer import FREE, Algorithm, Trainer
 
 SHOWN = 8  # held-out samples kept of each run
 

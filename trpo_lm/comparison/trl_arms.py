@@ -31,9 +31,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from trpo_lm.config import TrainerConfig, TRLSettings
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.loading import default_lora
 from trpo_lm.lm.mdp import MOST_ROWS, measure
 from trpo_lm.lm.objective import measure_at
-from trpo_lm.lm.policy import default_lora
 from trpo_lm.lm.prompts import encode_prompt
 from trpo_lm.seeds import derive_seed
 from trpo_lm.storage import append_json_line, truncate_json_lines

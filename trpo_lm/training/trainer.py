@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback
-from transformers.utils import logging as transformers_logging
 
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
@@ -37,6 +36,7 @@ from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.core.advantages import returns
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.lm.critic import make_critic
+from trpo_lm.lm.loading import load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import (
     MOST_ROWS,
     Batch,
@@ -720,33 +720,6 @@ def TRPOTrainer(*args: Any, settings: dict[str, Any] | None = None, **kwargs: An
 def PPOTrainer(*args: Any, settings: dict[str, Any] | None = None, **kwargs: Any) -> Trainer:
     """Return `Trainer(..., algorithm=PPO(**settings))`, under the name people look for."""
     return Trainer(*args, algorithm=PPO(**(settings or {})), **kwargs)
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model, without code of its own.
-
-    Raises:
-        TrpoLMError: If there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise TrpoLMError(
-            f"no tokenizer for {name!r}: {str(error).splitlines()[0]}", where="processing_class",
-            hint="pass processing_class=AutoTokenizer.from_pretrained(...)",
-        ) from error  # fmt: skip
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep transformers' progress bars off the screen."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _seconds(clock: Sequence[float], *, scoring: float) -> dict[str, float]:
