@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trpo_lm.config import PPOSettings
+from trpo_lm.config import Limits, PPOSettings
 from trpo_lm.core.advantages import gae, group_normalised, leave_one_out, whiten
 from trpo_lm.core.divergences import logprob_gradient, token_logprobs
 from trpo_lm.lm.mdp import Batch
@@ -40,6 +40,11 @@ from trpo_lm.seeds import generator
 @dataclass(frozen=True)
 class PPO(PPOSettings):
     """Proximal policy optimisation of a language model, the baseline to compare with."""
+
+    @property
+    def limits(self) -> Limits:
+        """No distance is limited."""
+        return Limits()
 
     @property
     def needs_critic(self) -> bool:

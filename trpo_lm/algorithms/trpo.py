@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trpo_lm.config import TRPOSettings
+from trpo_lm.config import Limits, TRPOSettings
 from trpo_lm.core.adaptation import (
     budget_on_batch,
     learn_radius,
@@ -221,6 +221,11 @@ class TRPO(TRPOSettings):
     """Trust region policy optimisation of a language model under a reference-KL budget."""
 
     needs_critic = True
+
+    @property
+    def limits(self) -> Limits:
+        """Distances of one update and of the whole run."""
+        return Limits(self.max_kl, self.max_ref_kl)
 
     def with_lam(self, lam: float) -> TRPO:
         """Return these settings with the critic's lambda where none was chosen."""
