@@ -16,7 +16,6 @@ import difflib
 import re
 import shlex
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -396,70 +395,3 @@ def command_line() -> str:
             words.append(_SECRET_VALUE.sub("***", word))
         masked = secret and not equals and word.startswith("--")
     return shlex.join(words)
-
-
-# ---------------------------------------------------------------- names and folders
-
-
-def check_run_name(name: str, *, root: str | Path | None = None) -> str:
-    """Return a run's name if it is safe as the name of a file: letters, digits, '.', '_', '-'.
-
-    Args:
-        name: 1 to 100 characters, the first one no '.' or '-'.
-        root: Folder in which the name will be used, if any; a link of that name that leads out of
-            it is refused.
-
-    Raises:
-        TrpoLMError: If the name is anything else.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
-        shown = repr(name if len(name) <= 100 else name[:97] + "...")
-        raise TrpoLMError(
-            f"run_name = {shown} is not allowed",
-            where="run_name",
-            hint="use 1 to 100 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
-        )
-    if root is not None and not (Path(root) / name).resolve().is_relative_to(Path(root).resolve()):
-        raise TrpoLMError(
-            f"run_name = {name!r} is a link that leads out of {root}", where="run_name"
-        )
-    return name
-
-
-def check_output_dir(
-    path: str | Path, *, resume: str | bool | None = None, overwrite: bool = False
-) -> Path:
-    """Make the folder of a run, if need be, and return it once it is known to be usable.
-
-    Nothing is deleted. What a dead process left of itself (`.lock`, `.tmp-*`) does not count as a
-    run.
-
-    Args:
-        path: The folder.
-        resume: Whether the run goes on from a checkpoint (`resume_from_checkpoint`).
-        overwrite: Whether it may write into a folder that holds a run (`overwrite_output_dir`).
-
-    Raises:
-        TrpoLMError: If it is a file, cannot be written to, or holds something unasked for.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        names = [entry.name for entry in folder.iterdir()]
-    except (FileExistsError, NotADirectoryError):
-        raise TrpoLMError(f"{path} is a file, not a folder", where="output_dir") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise TrpoLMError(f"cannot write to {str(path)!r}: {reason}", where="output_dir") from None
-    held = [n for n in names if n != ".lock" and not n.startswith(".tmp-")]
-    if held and not resume and not overwrite:
-        raise TrpoLMError(
-            f"{path} is not empty: it holds {min(held)}"
-            + (f" and {len(held) - 1} more" if len(held) > 1 else ""),
-            where="output_dir",
-            hint="--resume_from_checkpoint auto goes on from its newest checkpoint, "
-            "--overwrite_output_dir starts over in it, --output_dir names another folder",
-        )
-    return folder

@@ -69,7 +69,7 @@ def run() -> None:
     trainer = TRPOTrainer(a.model, a.reward_model, a.dataset, args, settings=settings)
     tables = {}
     for stop in sorted(a.updates):
-        while trainer.update < stop:
+        while trainer.updates_done < stop:
             trainer.train_step()
         tables[stop] = judge(trainer, a)
         print(f"after {stop} updates; net gain, and its difference to the exact solve's")
@@ -138,7 +138,7 @@ def solver(trainer, batch, halves_g, g, b, N: float):
 
 def collect(trainer, count: int) -> list:
     """Return measured batches with advantages at the present policy, which stays where it is."""
-    found, rule, update = [], trainer.algorithm, trainer.update
+    found, rule, update = [], trainer.algorithm, trainer.updates_done
 
     class Collector(type(rule)):
         def update(self, policy, batch, reduce, state, seed=()):
@@ -148,7 +148,7 @@ def collect(trainer, count: int) -> list:
     trainer.algorithm = Collector(**vars(rule))
     for _ in range(count):
         trainer.train_step()
-    trainer.algorithm, trainer.update = rule, update
+    trainer.algorithm, trainer.updates_done = rule, update
     return found
 
 
