@@ -3,7 +3,9 @@
 Nothing here depends on pytest, so that processes of their own can start runs too.
 """
 
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 
@@ -11,7 +13,6 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import trpo_lm.training.artifacts
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig
@@ -57,6 +58,7 @@ def trainer(folder, *, reward=score, algorithm="trpo", model=None, peft=None, da
         peft_config=peft or tiny.lora(),
         algorithm=made,
         callbacks=callbacks,
+        plots=False,  # drawing takes longer than a tiny run
     )
 
 
@@ -106,9 +108,60 @@ def checksum(folder):
     return json.loads(newest.read_text())["checksum"]
 
 
-def no_pictures():
-    """Drawing takes longer than a tiny run."""
-    trpo_lm.training.artifacts.draw = lambda run: None
+def entering(stage, *calls, action):
+    """Return an `on_enter` that acts in some passes, by number, through a stage."""
+    passes = [0]
+
+    def on_enter(name):
+        passes[0] += name == stage
+        if name == stage and passes[0] in calls:
+            action()
+
+    return on_enter
+
+
+def in_step(made, update, call, action):
+    """Act at a sum over ranks inside the step of an update, which is past its stage's beginning.
+
+    Args:
+        made: The trainer.
+        update: Which update.
+        call: Number of the sum among those of M numbers, which are Fisher products in TRPO; or
+            'moved', the first sum after the parameters moved.
+        action: What to do; once.
+    """
+    reduce, theta = made.ranks.reduce, made.policy.parameters
+    start, products = [], []
+
+    def wrapped(tensor):
+        if made.stage.name == "update" and made.updates_done + 1 == update:
+            start.append(theta.checksum())
+            products.extend([1] * (tensor.shape == (len(theta),)))
+            if start[-1] != start[0] if call == "moved" else len(products) == call:
+                made.ranks.reduce = reduce
+                action()
+        return reduce(tensor)
+
+    made.ranks.reduce = wrapped
+
+
+def in_child(action):
+    """Run in a process of its own; return its exit code (negative: the signal that ended it)."""
+    child = multiprocessing.get_context("fork").Process(target=action)
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+def killed_at(k):
+    """Return an `on_enter` that kills its process in the k-th stage."""
+    stages = itertools.count(1)
+
+    def on_enter(name):
+        if next(stages) == k:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return on_enter
 
 
 class Killer:

@@ -16,7 +16,6 @@ import difflib
 import re
 import shlex
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -395,70 +394,3 @@ def command_line() -> str:
             words.append(_SECRET_VALUE.sub("***", word))
         masked = secret and not equals and word.startswith("--")
     return shlex.join(words)
-
-
-# ---------------------------------------------------------------- names and folders
-
-
-def check_run_name(name: str, *, root: str | Path | None = None) -> str:
-    """Return a run's name if it is safe as the name of a file: letters, digits, '.', '_', '-'.
-
-    Args:
-        name: 1 to 100 characters, not starting with '.' or '-'.
-        root: Folder in which the name will be used, if any; a link of that name to a place outside
-            of it is refused.
-
-    Raises:
-        TrpoLMError: If the name is anything else.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
-        excerpt = name if len(name) <= 100 else name[:97] + "..."
-        raise TrpoLMError(
-            f"run_name = {excerpt!r} is not allowed",
-            where="run_name",
-            hint="use 1 to 100 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
-        )
-    if root is not None and not (Path(root) / name).resolve().is_relative_to(Path(root).resolve()):
-        raise TrpoLMError(
-            f"run_name = {name!r} is a link to a place outside of {root}", where="run_name"
-        )
-    return name
-
-
-def check_output_dir(
-    path: str | Path, *, resume: str | bool | None = None, overwrite: bool = False
-) -> Path:
-    """Return the folder of a run, created if needed, or raise if the run cannot use it.
-
-    Nothing is deleted. The remains of a dead process (`.lock`, `.tmp-*`) do not count as content.
-
-    Args:
-        path: The folder.
-        resume: Whether the run resumes from a checkpoint (`resume_from_checkpoint`).
-        overwrite: Whether it may write into a folder that holds a run (`overwrite_output_dir`).
-
-    Raises:
-        TrpoLMError: If it is a file, cannot be written to, or is not empty and the run neither
-            resumes nor may overwrite.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        names = [entry.name for entry in folder.iterdir()]
-    except (FileExistsError, NotADirectoryError):
-        raise TrpoLMError(f"{path} is a file, not a folder", where="output_dir") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise TrpoLMError(f"cannot write to {str(path)!r}: {reason}", where="output_dir") from None
-    files = [n for n in names if n != ".lock" and not n.startswith(".tmp-")]
-    if files and not resume and not overwrite:
-        raise TrpoLMError(
-            f"{path} is not empty: it holds {min(files)}"
-            + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
-            where="output_dir",
-            hint="--resume_from_checkpoint auto resumes from its newest checkpoint, "
-            "--overwrite_output_dir starts over in it, --output_dir names another folder",
-        )
-    return folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from trpo_lm.errors import TrpoLMError
 
@@ -40,6 +40,13 @@ def _number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return math.isfinite(value) and value > above and least <= value <= most
+
+
+class Limits(NamedTuple):
+    """The distances that an algorithm keeps to, nats per completion; None: not limited."""
+
+    max_kl: float | None = None
+    max_ref_kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Files that survive a crash: atomic replacement; JSON lines appended, read and truncated."""
+"""Files that survive a crash: writes that reach the disk; JSON lines appended, read, truncated."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,52 @@ def replace_file(path: str | Path, content: bytes) -> None:
     """Write a whole file: after a crash `path` holds either its old content or all of `content`."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_through(temporary, content)
     os.replace(temporary, path)
+
+
+def write_through(path: Path, content: bytes) -> None:
+    """Write a file through to the disk; an OSError names the file."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def strict_json(value: Mapping[str, Any]) -> bytes:
+    """Return JSON text.
+
+    Raises:
+        RunFault: If a number is not finite; names its key.
+    """
+    for key, number in _numbers(value):
+        if not math.isfinite(number):
+            raise RunFault(f"the state to save has {key} = {number}: JSON has no such number")
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for k, v in value.items():
+            yield from _numbers(v, f"{key}.{k}" if key else str(k))
+    elif isinstance(value, list | tuple):
+        for i, v in enumerate(value):
+            yield from _numbers(v, f"{key}[{i}]")
 
 
 def append_json_line(path: str | Path, row: Mapping[str, Any]) -> None:

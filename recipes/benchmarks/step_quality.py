@@ -65,7 +65,7 @@ def run() -> None:
     trainer = TRPOTrainer(a.model, a.reward_model, a.dataset, args, settings=settings)
     tables = {}
     for stop in sorted(a.updates):
-        while trainer.update < stop:
+        while trainer.updates_done < stop:
             trainer.train_step()
         tables[stop] = judge(trainer, a)
         print(f"after {stop} updates; net gain, and its difference to the exact solve's")
@@ -94,7 +94,7 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
     for i, objective in enumerate(objectives):
         others = [j for j in range(len(objectives)) if j != i]
         R, error = objective.reference_kl()
-        _, limits = rule.limits(trainer.algorithm_state, sums[i][0], R, error, N)
+        _, limits = rule.step_limits(trainer.algorithm_state, sums[i][0], R, error, N)
         limits = replace(limits, radius=rule.max_kl)
         truth = objectives[others[0]].fisher(int(N))
         g_true, b_true = (x[others].double().mean(0) for x in (g, b))
@@ -115,7 +115,7 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
 
 def collect(trainer, count: int) -> list:
     """Return objectives of fresh batches at the present policy, which stays where it is."""
-    objectives, rule, update = [], trainer.algorithm, trainer.update
+    objectives, rule, update = [], trainer.algorithm, trainer.updates_done
 
     class Collector(type(rule)):
         def update(self, objective, state):
@@ -125,7 +125,7 @@ def collect(trainer, count: int) -> list:
     trainer.algorithm = Collector(**vars(rule))
     for _ in range(count):
         trainer.train_step()
-    trainer.algorithm, trainer.update = rule, update
+    trainer.algorithm, trainer.updates_done = rule, update
     return objectives
 
 

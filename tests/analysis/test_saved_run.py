@@ -14,7 +14,6 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-import trpo_lm.training.artifacts
 from trpo_lm.analysis.saved_run import evaluate, merge, open_run
 from trpo_lm.analysis.token_view import token_rows
 from trpo_lm.core.divergences import categorical_kl
@@ -40,7 +39,7 @@ def train(folder, name, *, reward, model=None, peft=None, **options):
     options = {"updates": 4, "eval_steps": 1, "save_steps": 2, "save_total_limit": 1} | options
     made = Trainer(
         model or str(folder / "model"), reward, runs.PROMPTS, runs.config(folder / name, **options),
-        runs.HELD_OUT, peft_config=peft, algorithm=runs.ALGORITHMS["trpo"](),
+        runs.HELD_OUT, peft_config=peft, algorithm=runs.ALGORITHMS["trpo"](), plots=False,
     )  # fmt: skip
     made.train()
     return made
@@ -50,13 +49,11 @@ def train(folder, name, *, reward, model=None, peft=None, **options):
 def scene(tmp_path_factory):
     """A model, two reward models and a run, on the disk; and the trainer that made the run."""
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
-        tiny.build().save_pretrained(folder / "model")
-        tiny.tokenizer().save_pretrained(folder / "model")
-        classifier(folder / "judge", 5)
-        reward = classifier(folder / "reward", 4)
-        return folder, train(folder, "run", reward=reward, peft=tiny.lora())
+    tiny.build().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    classifier(folder / "judge", 5)
+    reward = classifier(folder / "reward", 4)
+    return folder, train(folder, "run", reward=reward, peft=tiny.lora())
 
 
 def logits(model, text="w1 w2 w3"):
@@ -90,7 +87,7 @@ def test_the_policy_its_reference_and_its_critic_come_back(scene):
 def test_best_and_checkpoints_are_the_policies_of_their_updates(scene):
     folder, made = scene
     told = checksums(folder / "run")
-    for name, update in (("best", made.best["update"]), ("4", 4)):
+    for name, update in (("best", made.best.update), ("4", 4)):
         run = open_run(folder / "run", name)
         assert run.update == update
         assert run.policy.parameters.checksum() == told[update]
@@ -110,9 +107,8 @@ def test_what_is_not_there_is_named(scene, tmp_path):
         open_run(tmp_path)
 
 
-def test_a_run_from_an_adapter_has_that_adapter_as_its_reference(scene, monkeypatch):
+def test_a_run_from_an_adapter_has_that_adapter_as_its_reference(scene):
     folder, made = scene
-    monkeypatch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
     start = str(folder / "run")
     further = train(
         folder, "further", reward=str(folder / "reward"), model=start, updates=1, eval_steps=0
@@ -156,14 +152,14 @@ def test_one_prompt_has_no_interval(scene):
     assert found["difference"]["score_interval"] is None
 
 
-def test_the_prompts_it_was_evaluated_on_are_kept_with_their_columns(scene, monkeypatch):
+def test_the_prompts_it_was_evaluated_on_are_kept_with_their_columns(scene):
     folder, made = scene
     assert load_prompts(folder / "run" / "held_out.jsonl").prompts == runs.HELD_OUT
-    monkeypatch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
     data = [{"prompt": "w1 w2", "label": i, "odd": {1}} for i in range(3)]
     Trainer(
         str(folder / "model"), runs.score, runs.PROMPTS,
         runs.config(folder / "function", updates=1, eval_prompts=2), data, peft_config=tiny.lora(),
+        plots=False,
     ).train()  # fmt: skip
     kept = load_prompts(folder / "function" / "held_out.jsonl")
     assert kept.prompts == ["w1 w2"] * 2 and kept.columns["label"] == [0, 1]

@@ -38,7 +38,7 @@ def test_a_sweep_keeps_what_is_finished_and_leaks_nothing_between_arms(tmp_path,
 
 
 def test_two_arms_of_one_name_are_refused(tmp_path):
-    with pytest.raises(TrpoLMError, match="arm 'ppo' is there twice"):
+    with pytest.raises(TrpoLMError, match="duplicate arm 'ppo'"):
         a_sweep(tmp_path, ["ppo", "ppo"])
 
 

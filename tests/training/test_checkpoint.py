@@ -1,4 +1,4 @@
-"""Checkpoints: cases S01, S09, X03-X07 and X11, without a model."""
+"""Checkpoints, without a model: cases S01, S09, X03-X05 and X07."""
 
 import errno
 import itertools
@@ -9,28 +9,29 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import in_child, killed_at
 
+from trpo_lm import storage
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.training import checkpoint
 from trpo_lm.training.checkpoint import (
     MANIFEST,
     STATE,
-    OutputLock,
-    compare_config,
+    Checkpoint,
     discard_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
-    recover_best,
-    save_best,
-    save_checkpoint,
 )
+from trpo_lm.training.folder import RunFolder
+from trpo_lm.training.stages import Stages
+
+ALONE = SimpleNamespace(rank=0, count=1, main=True, wait=lambda: None, share=lambda text: text)
 
 
 def tensors(value):
@@ -41,10 +42,20 @@ def tensors(value):
     }
 
 
+def save_checkpoint(folder, update, *, tensors, state, config, ranks=ALONE, on_enter=None, **rest):
+    content = Checkpoint(update, tensors, state, config)
+    stage = Stages() if on_enter is None else Stages(on_enter)
+    return checkpoint.save_checkpoint(RunFolder(folder), content, ranks, stage, **rest)
+
+
 def save(folder, update, value=None, **options):
     options = {"state": {"update": update, "kl": 0.1}, "config": {"max_kl": 0.05}} | options
     value = update if value is None else value
-    return save_checkpoint(folder, update, tensors=tensors(value), **options)
+    return save_checkpoint(folder, update, **{"tensors": tensors(value), **options})
+
+
+def newest_checkpoint(folder):
+    return checkpoint.newest_checkpoint(RunFolder(folder))
 
 
 def names(folder):
@@ -53,11 +64,6 @@ def names(folder):
 
 def value_of(path):
     return load_checkpoint(path).tensors["adapter_model"]["a"][0, 0].item()
-
-
-@pytest.fixture(autouse=True)
-def no_wait(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a disk may take 10 ms for each
 
 
 # ---------------------------------------------------------------- the way there and back
@@ -75,7 +81,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert path == tmp_path / "checkpoint-000012"
     assert names(tmp_path) == ["checkpoint-000012"]
     loaded = load_checkpoint(path)
-    assert (loaded.update, loaded.state, loaded.config, loaded.path) == (12, state, config, path)
+    assert (loaded.update, loaded.state, loaded.settings) == (12, state, config)
     assert loaded.tensors.keys() == tensors(12).keys()
     for stem, named in tensors(12).items():
         for name, tensor in named.items():
@@ -161,13 +167,13 @@ def test_X07_save_total_limit(tmp_path):
     assert names(tmp_path) == ["checkpoint-000005", "checkpoint-1000000"]
 
 
-def test_checkpoints_of_a_course_that_was_left_go(tmp_path, caplog):
+def test_checkpoints_of_an_abandoned_continuation_are_deleted(tmp_path, caplog):
     for update in (10, 20, 30):
         save(tmp_path, update, keep=3)
     save(tmp_path, 20, value=7, keep=3)  # the run was resumed from 10
     assert names(tmp_path) == ["checkpoint-000010", "checkpoint-000020"]
     assert value_of(newest_checkpoint(tmp_path)) == 7
-    assert "checkpoint-000030 is of a course this run has left" in caplog.text
+    assert "removed checkpoint-000030: it is newer than the update" in caplog.text
 
 
 def test_discard_checkpoints_removes_nothing_else(tmp_path):
@@ -176,29 +182,13 @@ def test_discard_checkpoints_removes_nothing_else(tmp_path):
     outside.mkdir()
     (tmp_path / "checkpoint-000002").symlink_to(outside)
     (tmp_path / "metrics.jsonl").touch()
-    discard_checkpoints(tmp_path)
+    discard_checkpoints(RunFolder(tmp_path))
     assert names(tmp_path) == ["metrics.jsonl", "outside"]
 
 
 # ---------------------------------------------------------------- dying while saving
 
 fork = multiprocessing.get_context("fork")  # a new interpreter would import torch for seconds
-
-
-def in_child(action, fault=None):
-    """Run in a process of its own; return its exit code (negative: the signal that ended it)."""
-
-    def target():
-        checkpoint._points = itertools.count(1)
-        if fault is not None:
-            os.environ["TRPO_LM_FAULT"] = fault
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        action()
-
-    child = fork.Process(target=target)
-    child.start()
-    child.join(60)
-    return child.exitcode
 
 
 def complete(folder):
@@ -213,7 +203,7 @@ def complete(folder):
 
 
 @pytest.mark.parametrize("scene", ["first", "next", "same update", "same update, damaged"])
-def test_X03_X07_killed_at_every_point_of_a_save(tmp_path, scene):
+def test_X03_X07_killed_at_every_stage_of_a_save(tmp_path, scene):
     points = 0
     for k in itertools.count(1):
         folder = tmp_path / str(k)
@@ -223,7 +213,8 @@ def test_X03_X07_killed_at_every_point_of_a_save(tmp_path, scene):
         if scene == "same update, damaged":
             (save(folder, 2, value=9) / STATE).unlink()
         update = 1 if scene == "same update" else 2
-        code = in_child(lambda: save(folder, update, value=2, keep=1), f"save:{k}")  # noqa: B023
+        options = {"value": 2, "keep": 1, "on_enter": killed_at(k)}
+        code = in_child(lambda: save(folder, update, **options))  # noqa: B023
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -242,16 +233,15 @@ def test_X03_X07_killed_at_every_point_of_a_save(tmp_path, scene):
     assert names(folder) == [f"checkpoint-{update:06d}"]
 
 
-def test_X03_the_fault_counts_on_into_the_second_save(tmp_path):
-    def two_saves():
-        save(tmp_path, 1)
-        save(tmp_path, 2)
+def test_X03_killed_in_the_second_save(tmp_path):
+    def two_saves(on_enter):
+        save(tmp_path, 1, on_enter=on_enter)
+        save(tmp_path, 2, on_enter=on_enter)
 
-    points = next(
-        k for k in itertools.count(1) if in_child(lambda: save(tmp_path, 9), f"save:{k}") == 0
-    )
+    stages = []
+    save(tmp_path, 9, on_enter=stages.append)
     shutil.rmtree(tmp_path / "checkpoint-000009")
-    assert in_child(two_saves, f"save:{points + 2}") == -signal.SIGKILL
+    assert in_child(lambda: two_saves(killed_at(len(stages) + 2))) == -signal.SIGKILL
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-000001"
 
 
@@ -274,78 +264,6 @@ def test_X03_killed_at_random_times(tmp_path):
         loaded = load_checkpoint(newest)
         assert loaded.update == loaded.state["update"] == value_of(newest)
         assert not list(tmp_path.glob(".tmp-*"))
-
-
-# ---------------------------------------------------------------- the best policy
-
-
-def save_best_of(folder, update, score):
-    save_best(
-        folder, {"update": update, "score": score}, lambda p: (p / "x").write_text(str(update))
-    )
-
-
-def best_of(folder, update=99):
-    facts = recover_best(folder, update)
-    assert not list(folder.glob(".tmp-*"))
-    if facts is None:
-        assert not (folder / "best").exists()
-        return None
-    assert (folder / "best" / "x").read_text() == str(facts["update"])
-    return facts["update"]
-
-
-def test_a_better_policy_takes_the_place_of_the_best(tmp_path):
-    assert best_of(tmp_path) is None
-    for update, score in ((2, 0.5), (4, 0.6)):
-        save_best_of(tmp_path, update, score)
-        assert best_of(tmp_path) == update
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
-
-
-def test_a_best_policy_of_a_course_that_was_left_goes(tmp_path):
-    save_best_of(tmp_path, 4, 0.6)
-    assert best_of(tmp_path, update=4) == 4
-    assert best_of(tmp_path, update=3) is None
-
-
-@pytest.mark.parametrize("facts", ["", "[]", "{}", '{"update": 2}', '{"update": "2", "score": 1}'])
-def test_a_best_policy_that_says_nothing_of_itself_goes(tmp_path, facts):
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "best.json").write_text(facts)
-    assert best_of(tmp_path) is None
-
-
-@pytest.mark.parametrize("first", [False, True])
-def test_X07_killed_at_every_point_of_saving_the_best(tmp_path, first):
-    """Afterwards there is a whole one: the new one, or where that was not finished the old one."""
-    points = 0
-    for k in itertools.count(1):
-        folder = tmp_path / str(k)
-        folder.mkdir()
-        if not first:
-            save_best_of(folder, 2, 0.5)
-        code = in_child(lambda: save_best_of(folder, 4, 0.6), f"save:{k}")  # noqa: B023
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        points += 1
-        before = None if first else 2
-        assert best_of(folder) == (before if k == 1 else 4)  # from its last file on it is whole
-    assert points == (2 if first else 3)
-    assert best_of(folder) == 4
-
-
-def test_S09_a_disk_that_is_full_leaves_the_best_policy_before(tmp_path):
-    save_best_of(tmp_path, 2, 0.5)
-
-    def write(folder):
-        (folder / "x").write_text("4")
-        raise OSError(28, "No space left on device", "x")
-
-    with pytest.raises(RunFault, match="No space left on device"):
-        save_best(tmp_path, {"update": 4, "score": 0.6}, write)
-    assert best_of(tmp_path) == 2
 
 
 def test_newest_checkpoint_spares_the_work_of_a_living_process(tmp_path):
@@ -467,12 +385,11 @@ def test_S09_disk_full_at_each_write(tmp_path, monkeypatch, where):
         (folder / "adapter_config.json").write_text("{}")
 
     calls = {
-        "write": (checkpoint, "_write"),
-        "sync": (os, "fsync"),
-        "rename": (os, "rename"),
+        "write": (storage, "open", open),
+        "sync": (os, "fsync", os.fsync),
+        "rename": (os, "rename", os.rename),
     }
-    module, name = calls[where]
-    real = getattr(module, name)
+    module, name, real = calls[where]
     for k in itertools.count():
         count = itertools.count()
 
@@ -482,7 +399,7 @@ def test_S09_disk_full_at_each_write(tmp_path, monkeypatch, where):
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, fail)
+            patch.setattr(module, name, fail, raising=False)
             try:
                 save(tmp_path, 2, extra=extra)
                 break
@@ -532,10 +449,11 @@ def save_on_ranks(folder, world_size, make=lambda rank: {}):
             stems = tensors(5) | stems
         options = {"tensors": stems, "state": {"n": 1}, "config": {}} | make(rank)
         try:
-            results[rank] = save_checkpoint(
-                folder, 5, rank=rank, world_size=world_size,
-                barrier=lambda: gate.wait(10) and None, share=share, **options,
+            ranks = SimpleNamespace(
+                rank=rank, count=world_size, main=rank == 0, wait=lambda: gate.wait(10),
+                share=share,
             )  # fmt: skip
+            results[rank] = save_checkpoint(folder, 5, ranks=ranks, **options)
         except Exception as error:
             results[rank] = error
 
@@ -567,105 +485,3 @@ def test_a_rank_that_cannot_write_fails_them_all(tmp_path, bad):
     assert "No such file" in str(faults[bad])
     assert f"rank {bad} could not" in str(faults[2])
     assert names(tmp_path) == ["checkpoint-000001"]
-
-
-# ---------------------------------------------------------------- settings and the lock
-
-
-def test_X06_other_settings_are_refused_with_a_table():
-    saved = {"trpo": {"max_kl": 0.05, "lam": None}, "seed": 0, "old": 1, "model": "a"}
-    now = {"trpo": {"max_kl": 0.1, "lam": None}, "seed": 1, "model": "a", "weights": (1.0, 2.0)}
-    with pytest.raises(TrpoLMError) as error:
-        compare_config(saved, now, {"seed"})
-    lines = error.value.what.splitlines()
-    assert [line.split() for line in lines[1:]] == [
-        ["setting", "checkpoint", "now"],
-        ["trpo.max_kl", "0.05", "0.1"],
-        ["old", "1", "(absent)"],
-        ["weights", "(absent)", "[1.0,", "2.0]"],
-    ]
-    assert "--allow_config_change trpo.max_kl,old,weights" in str(error.value.hint)
-    compare_config(saved, now, {"seed", "max_kl", "old", "weights"})
-    compare_config({"w": [1.0, 2.0]}, {"w": (1.0, 2.0)}, set())
-    compare_config({}, {}, set())
-    with pytest.raises(TrpoLMError):
-        compare_config({"a": None}, {}, set())
-
-
-HOLD = """
-import sys, types
-sys.modules["torch"] = types.ModuleType("torch")  # the lock needs none of it, and it takes seconds
-sys.modules["torch"].Tensor = None
-sys.modules["safetensors.torch"] = types.ModuleType("safetensors.torch")
-sys.modules["safetensors.torch"].load_file = sys.modules["safetensors.torch"].save = None
-from trpo_lm.training.checkpoint import OutputLock
-with OutputLock(sys.argv[1]):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_X11_a_second_process_is_kept_out(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"locked\n"
-        for _ in range(2):
-            with pytest.raises(TrpoLMError, match=f"is locked by pid {holder.pid}") as error:
-                OutputLock(tmp_path).__enter__()
-            assert error.value.exit_code == 2
-        holder.kill()
-        holder.wait(30)
-        assert (tmp_path / ".lock").exists()
-        with OutputLock(tmp_path):  # the lock of a dead process is taken over
-            assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert names(tmp_path) == []
-
-
-def test_X11_the_outermost_holder_removes_the_lock(tmp_path):
-    with OutputLock(tmp_path):
-        with OutputLock(tmp_path):
-            pass
-        assert (tmp_path / ".lock").exists()
-    assert not (tmp_path / ".lock").exists()
-    with pytest.raises(ZeroDivisionError), OutputLock(tmp_path):
-        raise ZeroDivisionError
-    assert not (tmp_path / ".lock").exists()
-
-
-@pytest.mark.parametrize("content", ["", "words", "-1", "0", "99999999999999999999"])
-def test_X11_a_lock_file_that_names_no_process(tmp_path, content):
-    (tmp_path / ".lock").write_text(content)
-    with OutputLock(tmp_path):
-        pass
-    assert not (tmp_path / ".lock").exists()
-
-
-def test_X11_only_one_of_many_gets_the_lock(tmp_path):
-    (tmp_path / ".lock").write_text("0")
-    won, done = fork.Value("i", 0), fork.Event()
-
-    def attempt():
-        try:
-            with OutputLock(tmp_path):
-                with won.get_lock():
-                    won.value += 1
-                done.wait(30)
-        except TrpoLMError:
-            sys.exit(2)
-
-    children = [fork.Process(target=attempt) for _ in range(8)]
-    for child in children:
-        child.start()
-    while sum(child.is_alive() for child in children) > 1:
-        time.sleep(0.01)
-    done.set()
-    for child in children:
-        child.join(30)
-    assert won.value == 1
-    assert sorted(child.exitcode for child in children) == [0] + [2] * 7

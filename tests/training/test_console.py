@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from trpo_lm.config import Limits
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.report.format import clean, number
 from trpo_lm.storage import append_json_line, read_json_lines, truncate_json_lines
 from trpo_lm.training.console import Console, update_line
 from trpo_lm.training.metrics import METRICS, metrics_row
 
-LIMITS = {"max_kl": 0.05, "max_ref_kl": 3.0}
+LIMITS = Limits(max_kl=0.05, max_ref_kl=3.0)
 ROW = metrics_row(
     {
         "update": 7,
@@ -146,10 +147,10 @@ def test_the_update_line_in_the_agreed_style():
 def test_the_update_line_leaves_out_what_is_null():
     assert update_line(metrics_row({"update": 1}), LIMITS, total=9) == "update 1/9"
     ppo = metrics_row({"update": 2, "objective/score_mean": 0.5, "trust_region/kl": 0.031})
-    assert update_line(ppo, {}, total=40, first_score=0.6) == (
+    assert update_line(ppo, Limits(), total=40, first_score=0.6) == (
         "update 02/40  score 0.50 (-0.10)  kl 0.031"
     )
-    without_budget = update_line(ROW, {"max_kl": 0.05, "max_ref_kl": None}, total=40)
+    without_budget = update_line(ROW, Limits(max_kl=0.05), total=40)
     assert "ref_kl 1.42  " in without_budget
 
 
@@ -275,7 +276,7 @@ def test_a_stream_without_unicode_does_not_end_the_run():
 
 def test_a_resumed_run_counts_from_where_it_was():
     console = Console(True, 40, stream := io.StringIO())
-    console.first_score = 0.5
+    console.banner({}, 0.5)
     console.update(ROW, LIMITS)
     assert "update 07/40  score 0.61 (+0.11)" in stream.getvalue()
 

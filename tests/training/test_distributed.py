@@ -17,8 +17,6 @@ import tiny
 import torch
 from runs import checkpoints, checksum, trainer
 
-import trpo_lm.algorithms.trpo
-import trpo_lm.training.checkpoint
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.advantages import returns
@@ -33,9 +31,11 @@ HERE = Path(__file__).resolve().parents[1]
 
 def train(folder, *, reward=runs.score, **options):
     """Run on this rank and return what must be the same on all."""
-    runs.no_pictures()
-    trpo_lm.training.checkpoint.os.fsync = lambda descriptor: None
-    made = trainer(folder, reward=reward, **options)
+    return trained(trainer(folder, reward=reward, **options))
+
+
+def trained(made):
+    os.fsync = lambda descriptor: None
     made.train()
     return made.policy.parameters.checksum(), len(made.rows), made.completions
 
@@ -208,12 +208,11 @@ def test_D03_parameters_that_differ_are_noticed(tmp_path):
 
 
 def train_apart(folder):
-    runs.no_pictures()
     made = trainer(folder, updates=3, save_steps=1)
     real = made.critic.fit
 
     def fit(*args):
-        if made.update == 1 and made.ranks.rank == 1:
+        if made.updates_done == 1 and made.ranks.rank == 1:
             with torch.no_grad():
                 made.policy.parameters.tensors[0][0, 0] += 1e-7
         real(*args)
@@ -242,21 +241,18 @@ def test_D04_one_ranks_exception_is_everyones(tmp_path, rank, name):
 
 def train_full(folder, rank, times):
     """The memory of a rank is full in its first Fisher products."""
+    made = trainer(folder, updates=2, save_steps=0, micro_batch_size=4)
     left = [times]
-    real = trpo_lm.algorithms.trpo.conjugate_gradient
 
-    def solve(matvec, *args, **options):
-        def product(v):
-            left[0] -= 1
-            if left[0] >= 0:
-                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-            return matvec(v)
+    def full():
+        left[0] -= 1
+        if left[0] > 0:
+            runs.in_step(made, 1, 1, full)
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-        return real(product, *args, **options)
-
-    if int(os.environ["RANK"]) == rank:
-        trpo_lm.algorithms.trpo.conjugate_gradient = solve
-    return train(folder, updates=2, save_steps=0, micro_batch_size=4)
+    if made.ranks.rank == rank:
+        runs.in_step(made, 1, 1, full)
+    return trained(made)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -268,7 +264,7 @@ def test_D04_memory_that_is_full_on_one_rank_only(tmp_path, rank):
         2, train_full, tmp_path / "b", rank, 2, logs=log
     ):
         assert (ok, kind, code) == (False, "RunFault", 3)
-        assert "the memory of the device is full: tried to allocate 2 GiB" in message
+        assert "the device is out of memory: tried to allocate 2 GiB" in message
         assert f"rank {rank}" in message and "lower micro_batch_size" in message
         assert "saved checkpoint-000000" in message
     assert "out of memory: micro_batch_size is 2 now" in (log / "rank0.log").read_text()
@@ -276,17 +272,16 @@ def test_D04_memory_that_is_full_on_one_rank_only(tmp_path, rank):
 
 
 def train_late(folder, gone):
-    """Rank 1 does not come to the line search before rank 0 has given up."""
-    real, rank = trpo_lm.algorithms.trpo.backtrack, int(os.environ["RANK"])
+    """Rank 1 does not come to the update before rank 0 has given up."""
+    made = trainer(folder, updates=2, ddp_timeout=20)
 
-    def late(*args, **options):
-        while rank == 1 and not gone.exists():
+    def late():
+        while made.ranks.rank == 1 and not gone.exists():
             time.sleep(0.1)
-        return real(*args, **options)
 
-    trpo_lm.algorithms.trpo.backtrack = late
+    made.stage.on_enter = runs.entering("update", 1, action=late)
     try:
-        train(folder, updates=2, ddp_timeout=20)
+        trained(made)
     finally:
         gone.touch()
 
@@ -296,8 +291,8 @@ def test_D07_a_rank_that_does_not_come_is_told_with_what_the_others_were_doing(t
     for rank, (ok, (kind, code, message)) in enumerate(answers):
         assert (ok, kind, code) == (False, "RunFault", 3)
         assert f"rank {rank} got no answer from the others" in message
-        assert "trainer.train_step > line_search.backtrack > trpo.at > " in message
-        assert "ddp_timeout" in message and "go on from the newest checkpoint" in message
+        assert "(stage update)" in message
+        assert "ddp_timeout" in message and "resume from the newest checkpoint" in message
 
 
 def test_C06_a_mistake_that_rank_0_finds_is_everyones(tmp_path):
@@ -373,7 +368,6 @@ import faulthandler, sys
 faulthandler.dump_traceback_later(200, exit=True)
 sys.path.insert(0, {here!r})
 import os, pathlib, runs
-runs.no_pictures()
 killed = runs.Killer(5) if os.environ.get("RANK") == {rank!r} else runs.score
 killed.__name__ = "score"
 made = runs.trainer(pathlib.Path({folder!r}), reward=killed, prompts_per_update=7, save_steps=2,
@@ -480,5 +474,5 @@ def test_two_launchers_are_two_nodes_of_one_run(tmp_path, launcher):
 def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(tmp_path, launcher):
     log = tmp_path / "launch.log"
     assert launch(launcher, tmp_path / "run", "none", log) != 0
-    assert "several processes were asked for, and this one is alone" in log.read_text()
+    assert "launched for several processes, but only one started" in log.read_text()
     assert "torchrun --nproc_per_node N" in log.read_text()

@@ -17,28 +17,18 @@ import tiny
 import torch
 from runs import assert_same_end, checkpoints, checksum, tensors, trainer
 
-import trpo_lm.algorithms.trpo
-import trpo_lm.training.checkpoint
-import trpo_lm.training.trainer
+from trpo_lm import PPO, TRPO
 from trpo_lm.errors import Interrupted, TrpoLMError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Six updates that nothing disturbed, with each algorithm."""
     folder = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trpo_lm.training.artifacts, "draw", lambda run: None)
-        for name in runs.ALGORITHMS:
-            trainer(folder / name, algorithm=name, evals=runs.HELD_OUT, eval_steps=2).train()
+    for name in runs.ALGORITHMS:
+        trainer(folder / name, algorithm=name, evals=runs.HELD_OUT, eval_steps=2).train()
     return folder
 
 
@@ -60,14 +50,14 @@ def files(folder):
 # ---------------------------------------------------------------- X01, X02: the same run
 
 
-def train_in_child(folder, reward=runs.score, algorithm="trpo", resume="auto", **options):
-    """Start or go on in a process of its own; it returns the rows of all updates."""
-    runs.no_pictures()
-    trpo_lm.training.checkpoint.os.fsync = lambda descriptor: None
+def train_in_child(folder, reward=runs.score, algorithm="trpo", on_enter=None, **options):
+    """Start or resume in a process of its own; return the number of all updates."""
+    os.fsync = lambda descriptor: None
     options = {"evals": runs.HELD_OUT, "eval_steps": 2} | options
     made = trainer(
-        folder, reward=reward, algorithm=algorithm, resume_from_checkpoint=resume, **options
+        folder, reward=reward, algorithm=algorithm, resume_from_checkpoint="auto", **options
     )
+    made.stage.on_enter = on_enter or made.stage.on_enter
     return len(made.train())
 
 
@@ -110,9 +100,7 @@ def test_X01_a_run_can_be_made_longer(straight, tmp_path):
 
 
 def test_a_critic_that_holds_nothing_leaves_no_file(tmp_path):
-    rloo = trpo_lm.training.trainer.PPO(
-        advantage="leave_one_out", epochs=1, minibatches=1, beta=0.0
-    )
+    rloo = PPO(advantage="leave_one_out", epochs=1, minibatches=1, beta=0.0)
     trainer(tmp_path / "a", algorithm=rloo, updates=4, save_steps=2).train()
     assert not list((tmp_path / "a").rglob("value_head*"))
     trainer(tmp_path / "b", algorithm=rloo, updates=2).train()
@@ -149,7 +137,7 @@ def test_X02_the_next_prompts_are_those_of_the_straight_run(tmp_path, stop):
 def test_X03_twenty_kills_at_random_times_end_in_the_same_parameters(straight, tmp_path):
     folder, when = tmp_path / "run", random.Random(5)
     for _ in range(20):
-        child = processes.Running(train_in_child, (folder, runs.score, "trpo", "auto"))
+        child = processes.Running(train_in_child, (folder, runs.score))
         time.sleep(when.uniform(0.1, 1.5))
         child.kill()
         child.process.join(60)
@@ -163,7 +151,7 @@ def test_X03_twenty_kills_at_random_times_end_in_the_same_parameters(straight, t
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"algorithm": trpo_lm.training.trainer.TRPO(max_kl=0.01)}, "max_kl .*0.05 .*0.01"),
+        ({"algorithm": TRPO(max_kl=0.01)}, "max_kl .*0.05 .*0.01"),
         ({"data": [*runs.PROMPTS[:-1], "w1"]}, "dataset "),
         ({"seed": 7}, "seed .*0 .*7"),
         ({"peft": tiny.lora(r=2)}, r"adapter.r .*1 .*2"),
@@ -214,90 +202,77 @@ def test_X06_another_critic_and_algorithm_start_from_nothing_where_allowed(tmp_p
 # ---------------------------------------------------------------- X08: signals
 
 
-def stop_in(monkeypatch, place, signum, calls):
-    """Send ourselves a signal in the `calls`-th pass through a place of an update."""
-    left = [calls]
-
-    def and_stop(function):
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signum)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    module, name = {
-        "rollout": (trpo_lm.training.trainer.TokenMDP, "_generate"),
-        "cg": (trpo_lm.algorithms.trpo, "conjugate_gradient"),
-        "line search": (trpo_lm.algorithms.trpo, "measure_at"),
-        "ppo step": (trpo_lm.training.trainer.PPO, "_gradient"),
-        "critic": (trpo_lm.training.trainer, "returns"),
-        "evaluate": (trpo_lm.training.trainer.Trainer, "evaluate"),
-        "record": (trpo_lm.training.trainer, "append_json_line"),
-        "save": (trpo_lm.training.checkpoint, "save_settings"),
-    }[place]
-    monkeypatch.setattr(module, name, and_stop(getattr(module, name)))
+def signalling(signum):
+    return lambda: os.kill(os.getpid(), signum)
 
 
 @pytest.mark.parametrize(
-    ("place", "signum", "calls"),
+    ("algorithm", "stage", "signum", "calls", "done"),
     [
-        ("rollout", signal.SIGINT, 6),  # two evaluations, updates 1 to 3, update 4
-        ("cg", signal.SIGTERM, 4),
-        ("line search", signal.SIGINT, 7),
-        ("ppo step", signal.SIGTERM, 15),
-        ("critic", signal.SIGINT, 4),
-        ("evaluate", signal.SIGINT, 3),
-        ("record", signal.SIGTERM, 20),
-        ("save", signal.SIGINT, 2),
+        ("trpo", "rollout", signal.SIGINT, 4, 3),
+        ("trpo", "measure", signal.SIGTERM, 2, 1),
+        ("trpo", "values", signal.SIGINT, 4, 3),
+        ("trpo", "critic", signal.SIGTERM, 5, 4),  # the policy has moved
+        ("trpo", "evaluate", signal.SIGINT, 3, 3),
+        ("trpo", "record", signal.SIGTERM, 3, 3),  # held until the update is complete
+        ("trpo", "checkpoint/state", signal.SIGINT, 1, 3),  # likewise
+        ("ppo", "update", signal.SIGTERM, 2, 1),
     ],
 )
 def test_X08_a_signal_rolls_back_saves_and_can_be_resumed(
-    straight, tmp_path, monkeypatch, place, signum, calls
+    straight, tmp_path, algorithm, stage, signum, calls, done
 ):
-    algorithm = "ppo" if place == "ppo step" else "trpo"
+    made = trainer(tmp_path, algorithm=algorithm, evals=runs.HELD_OUT, eval_steps=2)
+    made.stage.on_enter = runs.entering(stage, calls, action=signalling(signum))
+    assert_stopped_and_resumed(made, signum, done, tmp_path, straight / algorithm)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "signum", "update", "call"),
+    [
+        ("trpo", signal.SIGTERM, 2, 2),  # conjugate gradient
+        ("trpo", signal.SIGINT, 4, "moved"),  # line search
+        ("ppo", signal.SIGTERM, 4, "moved"),
+    ],
+)
+def test_X08_a_signal_within_a_step_rolls_it_back(
+    straight, tmp_path, algorithm, signum, update, call
+):
+    made = trainer(tmp_path, algorithm=algorithm, evals=runs.HELD_OUT, eval_steps=2)
+    runs.in_step(made, update, call, signalling(signum))
+    assert_stopped_and_resumed(made, signum, update - 1, tmp_path, straight / algorithm)
+
+
+def assert_stopped_and_resumed(made, signum, done, folder, straight):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    options = {"algorithm": algorithm, "evals": runs.HELD_OUT, "eval_steps": 2}
-    made = trainer(tmp_path, **options)
-    with monkeypatch.context() as patch:
-        stop_in(patch, place, signum, calls)
-        with pytest.raises(Interrupted) as caught:
-            made.train()
+    with pytest.raises(Interrupted) as caught:
+        made.train()
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert caught.value.exit_code == 128 + signum
-    done = made.update
-    assert 0 < done < 6
-    assert f"saved checkpoint-{done:06d}; go on with" in str(caught.value)
-    assert checkpoints(tmp_path)[-1] == f"checkpoint-{done:06d}"
-    rows = runs.rows(tmp_path)
+    assert made.updates_done == done
+    assert f"saved checkpoint-{done:06d}; resume with" in str(caught.value)
+    assert checkpoints(folder)[-1] == f"checkpoint-{done:06d}"
+    rows = runs.rows(folder)
     assert [row["update"] for row in made.rows] == list(range(1, done + 1))
-    assert made.policy.parameters.checksum() == checksum(tmp_path)
-    assert rows[done - 1]["policy/checksum"] == checksum(tmp_path)
-    go_on(tmp_path, algorithm)
-    assert_same_end(tmp_path, straight / algorithm)
+    assert made.policy.parameters.checksum() == checksum(folder)
+    assert rows[done - 1]["policy/checksum"] == checksum(folder)
+    go_on(folder, straight.name)
+    assert_same_end(folder, straight)
 
 
-def test_X08_before_the_first_update_there_is_a_checkpoint_too(straight, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_in(patch, "critic", signal.SIGINT, 1)
-        with pytest.raises(Interrupted, match="saved checkpoint-000000"):
-            trainer(tmp_path, evals=runs.HELD_OUT, eval_steps=2).train()
+def test_X08_before_the_first_update_there_is_a_checkpoint_too(straight, tmp_path):
+    made = trainer(tmp_path, evals=runs.HELD_OUT, eval_steps=2)
+    made.stage.on_enter = runs.entering("values", 1, action=signalling(signal.SIGINT))
+    with pytest.raises(Interrupted, match="saved checkpoint-000000"):
+        made.train()
     go_on(tmp_path)
     assert_same_end(tmp_path, straight / "trpo")
 
 
 def stop_twice(folder):
     """Run in a child: SIGINT in the second rollout, and again while its checkpoint is written."""
-    real = trpo_lm.training.checkpoint.save_settings
-
-    def again(*args):
-        if args[0].parent.name.startswith(".tmp"):
-            os.kill(os.getpid(), signal.SIGINT)
-        real(*args)
-
-    trpo_lm.training.checkpoint.save_settings = again
-    return train_in_child(folder, runs.Killer(3, signal.SIGINT), evals=None)
+    again = runs.entering("checkpoint/state", 1, action=signalling(signal.SIGINT))
+    return train_in_child(folder, runs.Killer(3, signal.SIGINT), on_enter=again, evals=None)
 
 
 def test_X08_a_second_signal_stops_at_once_and_corrupts_nothing(tmp_path):
@@ -312,38 +287,32 @@ def test_X08_a_second_signal_stops_at_once_and_corrupts_nothing(tmp_path):
 # ---------------------------------------------------------------- memory that is full
 
 
-def full_in(monkeypatch, owner, name, calls):
-    """Let memory run out in some passes, by number, through a place of an update."""
-    passes, real = [0], getattr(owner, name)
-
-    def wrapped(*args, **kwargs):
-        passes[0] += 1
-        if passes[0] in calls:
-            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, wrapped)
+def full():
+    raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
 
 PLACES = {
-    "rollout": (trpo_lm.training.trainer.TokenMDP, "_generate", 5),
-    "fisher": (trpo_lm.algorithms.trpo, "fisher", 4),
-    "line search": (trpo_lm.algorithms.trpo, "measure_at", 7),
-    "critic": (trpo_lm.training.trainer, "returns", 4),
-    "evaluate": (trpo_lm.training.trainer.Trainer, "_evaluate", 2),
+    "rollout": 3,
+    "values": 4,
+    "critic": 5,
+    "evaluate": 2,
+    "fisher": (4, 1),
+    "line search": (4, "moved"),
 }
 
 
 @pytest.mark.parametrize("place", list(PLACES))
 def test_memory_that_is_full_once_halves_the_micro_batch_and_changes_no_result(
-    straight, tmp_path, monkeypatch, capsys, place
+    straight, tmp_path, capsys, place
 ):
-    owner, name, call = PLACES[place]
-    with monkeypatch.context() as patch:
-        full_in(patch, owner, name, {call})
-        made = trainer(tmp_path, evals=runs.HELD_OUT, eval_steps=2, micro_batch_size=64)
-        made.train()
-    assert made.micro_batch_size == 32  # still a whole batch of these runs: the same sums
+    made = trainer(tmp_path, evals=runs.HELD_OUT, eval_steps=2, micro_batch_size=64)
+    match PLACES[place]:
+        case int(passes):
+            made.stage.on_enter = runs.entering(place, passes, action=full)
+        case update, call:
+            runs.in_step(made, update, call, full)
+    made.train()
+    assert made.micro_batch.size == 32  # still a whole batch of these runs: the same sums
     assert capsys.readouterr().out.count("out of memory: micro_batch_size is 32 now") == 1
     assert [r["policy/checksum"] for r in runs.rows(tmp_path)] == [
         r["policy/checksum"] for r in runs.rows(straight / "trpo")
@@ -352,10 +321,11 @@ def test_memory_that_is_full_once_halves_the_micro_batch_and_changes_no_result(
 
 
 @pytest.mark.parametrize(("size", "calls"), [(64, {3, 4}), (1, {3})])
-def test_memory_that_stays_full_ends_the_run_at_the_last_update(tmp_path, monkeypatch, size, calls):
-    full_in(monkeypatch, trpo_lm.algorithms.trpo, "fisher", calls)
-    with pytest.raises(TrpoLMError, match=r"memory of the device is full: tried to") as caught:
-        trainer(tmp_path, micro_batch_size=size, save_steps=0).train()
+def test_memory_that_stays_full_ends_the_run_at_the_last_update(tmp_path, size, calls):
+    made = trainer(tmp_path, micro_batch_size=size, save_steps=0)
+    made.stage.on_enter = runs.entering("update", *calls, action=full)
+    with pytest.raises(TrpoLMError, match=r"device is out of memory: tried to") as caught:
+        made.train()
     assert caught.value.exit_code == 3
     assert "lower micro_batch_size, fisher_completions" in caught.value.hint
     assert checkpoints(tmp_path) == ["checkpoint-000002"]
@@ -454,7 +424,7 @@ def test_X08_ctrl_c_on_the_recipe_and_on_to_the_end(tmp_path):
     out, errors = run.communicate(timeout=300)
     assert run.returncode == 130
     saved = re.search(
-        r"saved checkpoint-00000(\d); go on with --resume_from_checkpoint auto", errors
+        r"saved checkpoint-00000(\d); resume with --resume_from_checkpoint auto", errors
     )
     assert saved and saved[1] in "23"  # the third update may be done before the signal comes
     assert "Traceback" not in errors + out and "it/s]" not in errors

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from trpo_lm.config import Limits
 from trpo_lm.core.parameters import ParameterVector, Reduce
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
 
 State = TypeVar("State")
-
-
-class Distances(NamedTuple):
-    """The KLs that a rule keeps to, nats per completion; None where it promises none."""
-
-    max_kl: float | None = None
-    max_ref_kl: float | None = None
 
 
 class Algorithm(Protocol[State]):
@@ -30,8 +24,8 @@ class Algorithm(Protocol[State]):
     """
 
     @property
-    def distances(self) -> Distances:
-        """The limits it keeps to, for the screen and the choice of the best policy."""
+    def limits(self) -> Limits:
+        """Distances that it keeps to."""
         ...
 
     @property

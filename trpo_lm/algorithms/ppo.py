@@ -28,8 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trpo_lm.algorithms.algorithm import Distances
-from trpo_lm.config import PPOSettings
+from trpo_lm.config import Limits, PPOSettings
 from trpo_lm.core.advantages import gae, group_normalised, leave_one_out, whiten
 from trpo_lm.core.parameters import ParameterVector, Reduce
 from trpo_lm.lm.objective import BatchObjective
@@ -51,7 +50,10 @@ class PPOState:
 class PPO(PPOSettings):
     """Proximal policy optimisation of a language model, the baseline to compare with."""
 
-    distances = Distances()
+    @property
+    def limits(self) -> Limits:
+        """None: it prices the reference KL."""
+        return Limits()
 
     @property
     def needs_critic(self) -> bool:

@@ -21,8 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trpo_lm.algorithms.algorithm import Distances
-from trpo_lm.config import TRPOSettings
+from trpo_lm.config import Limits, TRPOSettings
 from trpo_lm.core.adaptation import (
     Noise,
     RadiusRatio,
@@ -66,9 +65,9 @@ class TRPO(TRPOSettings):
     needs_critic = True
 
     @property
-    def distances(self) -> Distances:
-        """Both limits."""
-        return Distances(self.max_kl, self.max_ref_kl)
+    def limits(self) -> Limits:
+        """Both distances."""
+        return Limits(self.max_kl, self.max_ref_kl)
 
     def init_state(self, theta: ParameterVector) -> TRPOState:
         """Return the state before the first update."""
@@ -101,11 +100,11 @@ class TRPO(TRPOSettings):
         b = None if halves_b is None else halves_b.sum(0) / N  # grad R
         F = objective.fisher(self.fisher_completions)  # Hessian of D
         R, error = objective.reference_kl()
-        state, limits = self.limits(state, halves_g, R, error, N)  # damping, budget, radius
+        state, limits = self.step_limits(state, halves_g, R, error, N)  # damping, budget, radius
         step = constrained_update(objective.theta, g, b, F, objective.measure, limits, self)
         return learned(state, step, R), metrics(step, limits, noise(halves_g, N))
 
-    def limits(
+    def step_limits(
         self, state: TRPOState, halves_g: Tensor, R: float, error: float, N: float
     ) -> tuple[TRPOState, StepLimits]:
         """Return how far a step may go and how it is damped, and the state with this batch.

@@ -1,15 +1,14 @@
-"""A finished run, opened again: to evaluate its policy, look at its tokens, or merge its adapter.
+"""A saved run, opened again: to evaluate its policy, look at its tokens, or merge its adapter.
 
-What a run leaves in its folder is enough: the adapter, the settings (`config.yaml`), the critic,
-the tokenizer and the held-out prompts (`held_out.jsonl`). The base model and the reward models are
-loaded by the names they had; a reward that is a function has to be passed again.
+The folder of a run is enough: it holds the adapter, the settings, the critic, the tokenizer and the
+held-out prompts. The base model and the reward models are loaded by name; a reward that is a
+function has to be passed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from torch import Tensor
 from trpo_lm.analysis.probe import probe
 from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.lm.critic import Critic, make_critic
+from trpo_lm.lm.critic import Critic
 from trpo_lm.lm.loading import load_tokenizer, quiet_loading
-from trpo_lm.lm.mdp import TokenMDP, end_token_ids
+from trpo_lm.lm.mdp import TokenMDP
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompts, load_prompts
 from trpo_lm.lm.reward_models import RewardModel
@@ -33,15 +32,14 @@ from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.statistics import bootstrap_interval
 from trpo_lm.storage import read_json_lines
-from trpo_lm.training.artifacts import CRITIC
-from trpo_lm.training.trainer import HELD_OUT, METRICS
-
-ADAPTER = "adapter_model.safetensors"
+from trpo_lm.training.assembly import assemble, make_rewards
+from trpo_lm.training.best import load_best
+from trpo_lm.training.folder import ADAPTER, CRITIC, RunFolder, Settings, load_settings
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left behind, ready to use.
+    """A saved policy, ready to use.
 
     Attributes:
         folder: Of the run.
@@ -49,7 +47,7 @@ class FinishedRun:
         update: Number of updates that made it.
         settings: Content of `config.yaml`.
         policy: At the saved parameters; its reference is that of the run.
-        mdp: The prompts' side: tokenizer, rewards, length of a completion.
+        mdp: Tokenizer, rewards, length of a completion.
         rewards: What the run was trained to raise; None where that is a function and none was
             passed. Completions then have no score.
         critic: As it was saved; None without one, or when other rewards were passed.
@@ -58,7 +56,7 @@ class FinishedRun:
     folder: Path
     checkpoint: str
     update: int
-    settings: dict[str, Any]
+    settings: Settings
     policy: Policy
     mdp: TokenMDP
     rewards: Rewards | None
@@ -77,40 +75,43 @@ def open_run(
         bf16: Whether the base is loaded in bfloat16; default: as in the run.
 
     Raises:
-        TrpoLMError: If there is no such run or policy, or what it was made from is gone.
+        TrpoLMError: If there is no such run or policy, or a model it was made from is missing.
     """
-    folder = Path(folder)
-    saved = _saved_policy(folder, checkpoint)
-    settings = _settings(folder)
-    in_bf16: bool = settings["bf16"] if bf16 is None else bf16
+    run = RunFolder(folder)
+    saved = _saved_policy(run, checkpoint)
+    settings = _settings(run)
+    args = TrainerConfig(**{name: settings[name] for name in describe(TrainerConfig())})
+    args = replace(args, bf16=args.bf16 if bf16 is None else bf16, gradient_checkpointing=False)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    own = (folder / "tokenizer_config.json").is_file()
-    with quiet_loading():
-        policy = _policy(settings, saved, bf16=in_bf16, device=device)
-        tokenizer = load_tokenizer(str(folder) if own else settings["model"])
-        rewards = _rewards(settings, reward, device)
-    mdp = TokenMDP(
-        tokenizer,
+    rewards = _rewards(settings, args, reward, device)
+    valued = reward is None and rewards is not None and (saved / CRITIC).is_file()
+    with_tokenizer = (run.path / "tokenizer_config.json").is_file()
+    parts = assemble(
+        settings["model"],
         rewards or Rewards(abstain),
-        eos_token_ids=end_token_ids(policy.base, tokenizer),
-        max_completion_length=settings["max_completion_length"],
+        args if valued else replace(args, critic="none"),
+        device=device,
+        peft_config=_adapter(settings, saved),
+        tokenizer=load_tokenizer(str(run.path)) if with_tokenizer else None,
     )
-    critic = None
-    if reward is None and rewards is not None and (saved / f"{CRITIC}.safetensors").is_file():
-        critic = make_critic(
-            settings["critic"],
-            can_score_prefixes=rewards.can_score_prefixes,
-            width=policy.base.config.get_text_config().hidden_size,
-            length=settings["max_completion_length"],
-        )
-        critic.load(load_file(saved / f"{CRITIC}.safetensors"))
-    update = _update(folder, saved, checkpoint)
-    return FinishedRun(folder, checkpoint, update, settings, policy, mdp, rewards, critic)
+    parts.policy.load(load_file(saved / ADAPTER), where=str(saved))
+    if valued:
+        parts.critic.load(load_file(saved / CRITIC))
+    return FinishedRun(
+        run.path,
+        checkpoint,
+        _update(run, checkpoint),
+        settings,
+        parts.policy,
+        parts.mdp,
+        rewards,
+        parts.critic if valued else None,
+    )
 
 
 def held_out_prompts(run: FinishedRun) -> Prompts | None:
     """Return the prompts that a run was evaluated on; None if it had none."""
-    file = run.folder / HELD_OUT
+    file = RunFolder(run.folder).held_out
     return load_prompts(file) if file.is_file() else None
 
 
@@ -133,10 +134,10 @@ def evaluate(
         prompts: Held-out ones.
         completions: Sampled for each prompt, >= 1.
         seed: What the random numbers derive from.
-        judge: Scores prompts and completions; was not trained on.
+        judge: Scores prompts and completions; nothing was trained on it.
 
     Returns:
-        `reference` and `policy`, each with what `frontier.probe` measures, `score_interval` and
+        `reference` and `policy`, each with the results of `probe`, `score_interval` and
         `judge_interval`; `difference` of `score` and `judge` with their intervals. What was not
         measured is None.
 
@@ -151,55 +152,67 @@ def evaluate(
             hint="--reward_function module:callable, or in Python open_run(folder, reward=...)",
         )
     run.rewards.check_columns(prompts.columns)
-    found: dict[str, Any] = {}
-    each: dict[str, dict[str, Tensor]] = {}
-    text: Rollout | None = None
-    for name in ("reference", "policy"):
-        with run.policy.reference() if name == "reference" else nullcontext():
-            rollout = run.mdp.rollout(
-                run.policy,
-                prompts.prompts,
-                columns=prompts.columns,
-                completions_per_prompt=completions,
-                seed=(seed, "evaluate"),
-            )
-            text = text or rollout  # the reference's own
-            judged = None if judge is None else judge(rollout.prompts, rollout.completions)
-            found[name] = probe(
-                run.policy,
-                rollout,
-                text,
-                micro_batch_size=run.settings["micro_batch_size"],
-                judge=None if judged is None else lambda *_, judged=judged: judged,
-            )
-        scores = rollout.scores.score.double()
-        each[name] = {"score": scores.where(rollout.scores.valid, torch.nan)}
-        each[name] |= {} if judged is None else {"judge": torch.tensor(judged).double()}
-        each[name] = {k: v.reshape(-1, completions).nanmean(-1) for k, v in each[name].items()}
-        for kind, values in each[name].items():
-            found[name][f"{kind}_interval"] = _interval(values)
-    found["difference"] = {}
-    for kind, before in each["reference"].items():
-        gain = each["policy"][kind] - before
+    with run.policy.reference():
+        text = _sample(run, prompts, completions, seed)
+        reference, reference_means = _measure(run, text, text, completions, judge)
+    rollout = _sample(run, prompts, completions, seed)
+    policy, policy_means = _measure(run, rollout, text, completions, judge)
+    difference: dict[str, Any] = {}
+    for kind, before in reference_means.items():
+        gain = policy_means[kind] - before
         mean = float(gain.nanmean())
-        found["difference"][kind] = mean if isfinite(mean) else None
-        found["difference"][f"{kind}_interval"] = _interval(gain)
-    return found
+        difference[kind] = mean if isfinite(mean) else None
+        difference[f"{kind}_interval"] = _interval(gain)
+    return {"reference": reference, "policy": policy, "difference": difference}
+
+
+def _sample(run: FinishedRun, prompts: Prompts, completions: int, seed: int) -> Rollout:
+    return run.mdp.rollout(
+        run.policy,
+        prompts.prompts,
+        columns=prompts.columns,
+        completions_per_prompt=completions,
+        seed=(seed, "evaluate"),
+    )
+
+
+def _measure(
+    run: FinishedRun,
+    rollout: Rollout,
+    text: Rollout,
+    completions: int,
+    judge: Callable[..., list[float]] | None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the results of `probe` with intervals, and the mean score of each prompt, (P,)."""
+    verdicts = None if judge is None else judge(rollout.prompts, rollout.completions)
+    results: dict[str, Any] = probe(
+        run.policy,
+        rollout,
+        text,
+        micro_batch_size=run.settings["micro_batch_size"],
+        judge=None if verdicts is None else lambda *_: verdicts,
+    )
+    scores = rollout.scores
+    each = {"score": scores.score.double().where(scores.valid, torch.nan)}
+    if verdicts is not None:
+        each["judge"] = torch.tensor(verdicts).double()
+    means = {kind: x.reshape(-1, completions).nanmean(-1) for kind, x in each.items()}
+    return results | {f"{kind}_interval": _interval(x) for kind, x in means.items()}, means
 
 
 def merge(run: FinishedRun, out: str | Path) -> None:
-    """Write the policy as a plain transformers model with its tokenizer; the run is used up.
+    """Write the policy as a plain transformers model with its tokenizer.
 
     W + B A in place of each adapted layer's W. The logits are those of the policy before its
-    temperature; open the run with `bf16=False`, lest rounding W + B A to bfloat16 change them.
+    temperature; open the run with `bf16=False`, or rounding W + B A to bfloat16 changes them.
 
     Args:
-        run: Its policy loses its adapter.
+        run: Its policy loses its adapter and cannot be used afterwards.
         out: New or empty folder.
 
     Raises:
         TrpoLMError: If the folder holds something.
-        RunFault: If the merged model says something else than the policy.
+        RunFault: If the merged model's logits differ from the policy's.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -221,80 +234,76 @@ def merge(run: FinishedRun, out: str | Path) -> None:
     run.mdp.tokenizer.save_pretrained(str(out))
 
 
-def _saved_policy(folder: Path, checkpoint: str) -> Path:
-    """Return the folder that holds the adapter which a checkpoint's name means."""
-    numbers = sorted(int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
-    places = {"last": folder, "best": folder / "best"}
-    places |= {str(n): folder / f"checkpoint-{n:06d}" for n in numbers}
+# ---------------------------------------------------------------- parts of opening
+
+
+def _saved_policy(run: RunFolder, checkpoint: str) -> Path:
+    """Return the folder that holds the adapter of a checkpoint."""
+    numbers = [int(p.name[11:]) for p in run.path.glob("checkpoint-*") if p.name[11:].isdigit()]
+    places = {"last": run.path, "best": run.best}
+    places |= {str(n): run.checkpoint(n) for n in sorted(numbers)}
     there = [name for name, place in places.items() if (place / ADAPTER).is_file()]
     if checkpoint not in there:
         raise TrpoLMError(
             f"there is no policy {checkpoint!r}; there are {', '.join(there) or 'none'}",
-            where=str(folder),
+            where=str(run.path),
             hint="name the folder of a finished run, and with --checkpoint one of its policies",
         )
     return places[checkpoint]
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Read config.yaml."""
+def _update(run: RunFolder, checkpoint: str) -> int:
+    """Return the number of updates behind a policy."""
+    if checkpoint == "best":
+        return load_best(run.best).update
+    if checkpoint != "last":
+        return int(checkpoint)
+    return max((row["update"] for row in read_json_lines(run.metrics)), default=0)
+
+
+def _settings(run: RunFolder) -> Settings:
+    """Read the settings of a run of this version."""
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        settings = load_settings(run.path)
         if settings.keys() >= {"model", "reference", "reward_models", *describe(TrainerConfig())}:
             return settings
         reason = "they are not those of a run of this version"
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-    raise TrpoLMError(
-        f"the settings of the run cannot be used: {reason}", where=str(folder / "config.yaml")
-    )
+    raise TrpoLMError(f"the settings of the run cannot be used: {reason}", where=str(run.settings))
 
 
-def _policy(settings: dict[str, Any], saved: Path, *, bf16: bool, device: torch.device) -> Policy:
-    """Build the run's policy as it was before training, then load what training made of it."""
-    model, adapter = settings["model"], None
+def _adapter(settings: Settings, saved: Path) -> PeftConfig | None:
+    """Return the adapter that the run added to its model; None where the model came with one."""
     if settings["reference"] != "adapter":
         adapter = PeftConfig.from_pretrained(str(saved))
         adapter.inference_mode = False
-    elif not (Path(model) / "adapter_config.json").is_file():
+        return adapter
+    if not (Path(settings["model"]) / "adapter_config.json").is_file():
         raise TrpoLMError(
-            "the run went on from an adapter that was passed as an object: its reference is not "
-            "known by name",
+            "the run trained an adapter that was passed as an object: its reference is not known "
+            "by name",
             where=str(saved),
             hint="save that adapter and train from its folder",
         )
-    policy = Policy(
-        model,
-        adapter,
-        temperature=settings["temperature"],
-        bf16=bf16,
-        seed=settings["seed"],
-        device=device,
-    )
-    policy.load(load_file(saved / ADAPTER), where=str(saved))
-    return policy
+    return None
 
 
-def _rewards(settings: dict[str, Any], reward: Any, device: torch.device) -> Rewards | None:
+def _rewards(
+    settings: Settings, args: TrainerConfig, reward: Any, device: torch.device
+) -> Rewards | None:
     """Return the rewards passed, or else the run's own where all of them are models."""
-    options = {"prefix_stride": settings["prefix_stride"], "device": device}
+    plain = replace(args, allow_untrained_reward_head=False, reward_timeout=None)
     if reward is not None:
-        return Rewards(reward, reward_model_options=options)
+        plain = replace(plain, reward_weights=None, on_bad_reward="error")
+        return make_rewards(reward, None, plain, device)
     sources = settings["reward_models"]
     if not all(sources):
         return None
-    models = [RewardModel(s["model"], label=s["label"], **options) for s in sources]
-    weights, bad = settings["reward_weights"], settings["on_bad_reward"]
-    return Rewards(models, weights, on_bad_reward=bad)
-
-
-def _update(folder: Path, saved: Path, checkpoint: str) -> int:
-    """Return the number of updates behind a policy."""
-    if checkpoint == "best":
-        return yaml.safe_load((saved / "best.json").read_text())["update"]  # JSON is YAML
-    if checkpoint != "last":
-        return int(checkpoint)
-    return max((row["update"] for row in read_json_lines(folder / METRICS)), default=0)
+    options = {"prefix_stride": args.prefix_stride, "device": device}
+    with quiet_loading():
+        models = [RewardModel(s["model"], label=s["label"], **options) for s in sources]
+    return make_rewards(models, None, plain, device)
 
 
 def _interval(values: Tensor) -> list[float] | None:

@@ -1,7 +1,7 @@
-"""Many runs in one folder: every arm with every seed, measured alike, and nothing done twice.
+"""Many runs in one folder: every arm with every seed, measured alike, and none run twice.
 
     FOLDER/reference.json              the reference on held-out prompts, and the limit
-    FOLDER/runs/ARM/seed-N/            a run's own folder, as the trainer leaves it
+    FOLDER/runs/ARM/seed-N/            a run's own folder, written by the trainer
     FOLDER/runs/ARM/seed-N/result.json written last: this run is finished
 
 An arm is an algorithm with its settings. Prompts, reward, critic, batch and seeds are common to
@@ -13,7 +13,6 @@ an error, never overwritten. `comparison` draws the page.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,14 +26,19 @@ from peft import PeftModel
 from trpo_lm.algorithms.algorithm import Algorithm
 from trpo_lm.analysis.probe import probe
 from trpo_lm.comparison.limit import limit_curve, reference_scores
-from trpo_lm.comparison.trl_arms import check_trl, train_with_trl
-from trpo_lm.config import TrainerConfig, TRLSettings, describe
+from trpo_lm.comparison.trl_arms import Task, check_trl, train_with_trl
+from trpo_lm.config import Limits, TrainerConfig, TRLSettings, describe
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.lm.loading import load_model, quiet_loading
 from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rollout import Rollout
-from trpo_lm.training.trainer import FREE, Trainer
+from trpo_lm.storage import replace_file
+from trpo_lm.training.assembly import Parts, assemble, fit_data, load_data, make_rewards
+from trpo_lm.training.folder import Row, usable_folder
+from trpo_lm.training.ranks import Ranks
+from trpo_lm.training.state import FREE
+from trpo_lm.training.trainer import Trainer
 
 SHOWN = 8  # held-out samples kept of each run
 
@@ -54,18 +58,16 @@ class Arm:
     name: str
     algorithm: str
     given: dict[str, str]
-    rule: Algorithm[Any] | TRLSettings
+    rule: Algorithm | TRLSettings
     args: TrainerConfig
 
 
 class Progress:
-    """Takes the place of the trainer's console: one line over all runs.
+    """The `Display` of all runs together: one line.
 
     On a terminal the line is rewritten; elsewhere there is a new one at most every 20 seconds, and
-    one for each run that ends.
+    one for each run that ends. Only updates are shown.
     """
-
-    first_score = None
 
     def __init__(self, updates: int, *, enabled: bool):
         self.total, self.done, self.label = updates, 0, ""
@@ -74,24 +76,21 @@ class Progress:
         self._shown = 0.0
 
     def start(self, label: str) -> None:
-        """Begin something; time between two updates counts from here."""
+        """Begin something; the time of its first update counts from here."""
         self.label, self._last = label, time.monotonic()
 
-    def update(self, row: dict[str, Any], limits: Any) -> None:
-        """Count an update, as the trainer tells of it."""
+    def update(self, row: Row, limits: Limits) -> None:
+        """Count an update and show it."""
         now = time.monotonic()
-        self._seconds, self._timed, self._last = (
-            self._seconds + now - self._last,
-            self._timed + 1,
-            now,
-        )
+        self._seconds, self._timed = self._seconds + now - self._last, self._timed + 1
+        self._last = now
         self.done += 1
         score, kl = row.get("objective/score_mean"), row.get("objective/ref_kl")
-        known = "" if score is None or kl is None else f"  score {score:.3f}  ref_kl {kl:.2f}"
-        self.say(f"update {row['update']}{known}", now=False)
+        text = "" if score is None or kl is None else f"  score {score:.3f}  ref_kl {kl:.2f}"
+        self.say(f"update {row['update']}{text}", now=False)
 
     def say(self, text: str, *, now: bool = True) -> None:
-        """Show where things stand."""
+        """Show how far the sweep is."""
         moment = time.monotonic()
         if not self.enabled or not (now or self.terminal or moment - self._shown > 20):
             return
@@ -106,9 +105,24 @@ class Progress:
         )
         sys.stdout.flush()
 
-    def __getattr__(self, name: str) -> Any:
-        """Stay silent on everything else that a console shows: banner, note, table, samples."""
-        return lambda *args, **kwargs: None
+    def banner(self, facts: Any, first_score: Any) -> None:
+        """Show nothing."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""
+
+    def samples_due(self, update: int) -> bool:
+        """Show none."""
+        return False
+
+    def samples(self, rows: Any, title: str) -> None:
+        """Show nothing."""
+
+    def table(self, title: str, header: Any, rows: Any) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Do nothing: the line is that of the next run too."""
 
 
 class Sweep:
@@ -148,7 +162,7 @@ class Sweep:
     ):
         names = [arm.name for arm in arms]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise TrpoLMError(f"arm {twice[0]!r} is there twice", where="arms")
+            raise TrpoLMError(f"duplicate arm {twice[0]!r}", where="arms")
         if any(isinstance(arm.rule, TRLSettings) for arm in arms):
             check_trl()
         self.model, self.reward, self.prompts, self.held_out = model, reward, prompts, held_out
@@ -158,8 +172,8 @@ class Sweep:
             self.judge = RewardModel(judge) if judge is not None else None
         self.completions = completions
         self.limit_prompts, self.limit_samples = limit_prompts, limit_samples
-        self.main = os.environ.get("RANK", "0") == "0"
-        self.progress = Progress(seeds * len(arms) * args.updates, enabled=self.main)
+        self.ranks = Ranks(args.ddp_timeout)
+        self.progress = Progress(seeds * len(arms) * args.updates, enabled=self.ranks.main)
         common = {
             **describe(args), "model": model, "reward_model": reward, "judge": judge,
             "prompts": len(prompts), "held_out": len(held_out), "completions": completions,
@@ -182,19 +196,19 @@ class Sweep:
 
     def _reference(self) -> None:
         self.progress.start("reference")
-        trainer = self._trainer(replace(self.args, output_dir=str(self.folder / "runs")))
-        self._text = self._sample(trainer)
+        parts = self._task(replace(self.args, output_dir=str(self.folder / "runs"))).parts
+        self._text = self._sample(parts)
         few = range(min(self.limit_prompts, len(self.held_out)))
         spec = {**self.common, "limit_prompts": len(few), "limit_samples": self.limit_samples}
         if self._finished(self.folder / "reference.json", spec):
             return
         prompts, columns = self.held_out.take(few)
         scores = reference_scores(
-            trainer.policy, trainer.mdp, prompts, columns,
+            parts.policy, parts.mdp, prompts, columns,
             samples=self.limit_samples, seed=(0, "limit"),
             progress=lambda n: self.progress.say(f"limit: {n} of {len(few)} prompts", now=False),
         )  # fmt: skip
-        result = {"spec": spec, **self._measured(trainer, self._text)}
+        result = {"spec": spec, **self._measured(parts, self._text)}
         self._write(self.folder / "reference.json", {**result, "limit": limit_curve(scores)})
 
     def _run(self, arm: Arm, seed: int) -> None:
@@ -213,55 +227,65 @@ class Sweep:
         }  # fmt: skip
         args, rule = replace(arm.args, seed=seed, output_dir=str(folder)), arm.rule
         if isinstance(rule, TRLSettings):
-            trainer = self._trainer(args)
+            task = self._task(args)
             with quiet_loading():
                 model = load_model(self.model, bf16=args.bf16)
-            train = partial(train_with_trl, trainer, model, rule, arm.algorithm)
+            train, parts = partial(train_with_trl, task, model, rule, arm.algorithm), task.parts
         else:
             trainer = self._trainer(args, rule)
-            train, model = trainer.train, trainer.policy.model
+            train, model, parts = trainer.train, trainer.policy.model, trainer.parts
         passes = _count_passes(model)
         try:
             rows = train()
             size = arm.args.prompts_per_update * arm.args.completions_per_prompt
             resumed = len(rows) < self.args.updates
             result["passes"] = None if resumed else passes[0] / (size * len(rows))
-            result |= self._measured(trainer, self._sample(trainer))
+            result |= self._measured(parts, self._sample(parts))
         except Interrupted as stop:
-            told = f"{str(stop).partition(';')[0]}; the same command goes on from here"
-            raise Interrupted(told, signum=stop.exit_code - 128) from None
+            message = f"{str(stop).partition(';')[0]}; the same command resumes from here"
+            raise Interrupted(message, signum=stop.exit_code - 128) from None
         except RunFault as fault:
             if "non-finite" not in str(fault):
                 raise
             result["fault"] = str(fault)  # a policy that blew up is a result
         self.progress.done = before + self.args.updates
         self._write(folder / "result.json", result)
-        found = result.get("held_out")
+        held_out = result.get("held_out")
         self.progress.say(
-            f"failed: {result['fault']}" if found is None else
-            f"held-out score {found['score']:.3f} at {found['ref_kl']:.2f} nats"
+            f"failed: {result['fault']}" if held_out is None else
+            f"held-out score {held_out['score']:.3f} at {held_out['ref_kl']:.2f} nats"
         )  # fmt: skip
 
-    def _trainer(self, args: TrainerConfig, rule: Algorithm[Any] | None = None) -> Trainer:
+    def _trainer(self, args: TrainerConfig, rule: Algorithm) -> Trainer:
         args = replace(args, resume_from_checkpoint="auto", logging_steps=1, save_total_limit=1)
-        trainer = Trainer(self.model, self.reward, self.prompts, args, algorithm=rule)
-        trainer.console = self.progress  # type: ignore[assignment]
-        return trainer
+        return Trainer(
+            self.model, self.reward, self.prompts, args, algorithm=rule, display=self.progress
+        )
 
-    def _sample(self, trainer: Trainer) -> Rollout:
+    def _task(self, args: TrainerConfig) -> Task:
+        """Put together what a run has before it is trained."""
+        args = replace(args, resume_from_checkpoint="auto")
+        self.ranks.on_main(lambda: usable_folder(args))
+        data = load_data(self.prompts, None, "prompt", args, self.ranks.count)
+        rewards = make_rewards(self.reward, data, args, self.ranks.device)
+        parts = assemble(self.model, rewards, args, device=self.ranks.device)
+        prompts = fit_data(data, parts, args, self.progress.say).train
+        return Task(parts, prompts, args, self.ranks, self.progress)
+
+    def _sample(self, parts: Parts) -> Rollout:
         """Sample the held-out prompts with fixed seeds; every rank does the same."""
-        return trainer.mdp.rollout(
-            trainer.policy,
+        return parts.mdp.rollout(
+            parts.policy,
             self.held_out.prompts,
             columns=self.held_out.columns,
             completions_per_prompt=self.completions,
             seed=(0, "compare"),
         )
 
-    def _measured(self, trainer: Trainer, rollout: Rollout) -> dict[str, Any]:
+    def _measured(self, parts: Parts, rollout: Rollout) -> dict[str, Any]:
         assert self._text is not None
         size = self.args.micro_batch_size
-        found = probe(trainer.policy, rollout, self._text, micro_batch_size=size, judge=self.judge)
+        held_out = probe(parts.policy, rollout, self._text, micro_batch_size=size, judge=self.judge)
         samples = [
             {
                 "prompt": rollout.prompts[i],
@@ -270,15 +294,15 @@ class Sweep:
             }
             for i in range(0, len(rollout), max(1, len(rollout) // SHOWN))
         ]
-        return {"held_out": found, "samples": samples[:SHOWN]}
+        return {"held_out": held_out, "samples": samples[:SHOWN]}
 
     def _finished(self, file: Path, spec: dict[str, Any], rule: Any = None) -> bool:
-        """Say whether a result is there, made with the same settings."""
+        """Whether a result exists, made with the same settings."""
         if not file.is_file():
             return False
         old = json.loads(file.read_text(encoding="utf-8"))["spec"]
         new = json.loads(json.dumps(spec))
-        # A setting that is younger than the result had its default.
+        # A setting that was added after the result was written had its default.
         defaults = describe(TrainerConfig()) | ({} if rule is None else describe(type(rule)()))
         old = {name: defaults.get(name) for name in new} | old
         changed = [
@@ -292,17 +316,13 @@ class Sweep:
         return True
 
     def _write(self, file: Path, value: dict[str, Any]) -> None:
-        """Write JSON in one piece, from the main process."""
-        if not self.main:
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".tmp-{file.name}")
-        new.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
-        os.replace(new, file)
+        if self.ranks.main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def _count_passes(model: Any) -> list[int]:
-    """Count completions that go through a model outside sampling; the list holds the number."""
+    """Count the completions that pass through a model outside sampling, in the list returned."""
     rows = [0]
 
     def count(module: Any, inputs: Any, kwargs: dict[str, Any]) -> None:

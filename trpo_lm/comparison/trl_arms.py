@@ -1,12 +1,11 @@
-"""TRL's own trainers as arms of a comparison: they train, everything is measured as for the others.
+"""TRL's own trainers as arms of a comparison, measured by the same code as every other arm.
 
 TRL gets the model, LoRA with the same initial values, each update's prompts in the same order, the
-reward as a function, and one batch of completions for each optimiser step. What it samples and
-where its steps lead is measured by the exact code that measures every other arm, on a policy of our
-own that follows TRL's parameters; the time this takes is not counted as TRL's. Metrics that mean
-nothing for TRL are null. A run that was stopped starts over.
+reward as a function, and one batch of completions for each optimiser step. Its completions and
+steps are measured on a policy of our own that copies TRL's parameters; the time this takes is not
+counted as TRL's. Metrics that do not apply to TRL are null. A run that was stopped starts over.
 
-TRL is an optional extra, imported here alone and only when an arm asks for it. Its trainers report
+TRL is an optional extra, imported only here and only when an arm asks for it. Its trainers report
 each start to a server; that is switched off.
 """
 
@@ -18,6 +17,7 @@ import math
 import os
 import warnings
 from contextlib import ExitStack
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -29,22 +29,43 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from trpo_lm.config import TrainerConfig, TRLSettings
+from trpo_lm.config import Limits, TrainerConfig, TRLSettings
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.loading import default_lora
 from trpo_lm.lm.objective import BatchObjective
-from trpo_lm.lm.prompts import encode_prompt
+from trpo_lm.lm.prompts import Prompts, encode_prompt
 from trpo_lm.lm.rollout import MOST_ROWS, Batch
 from trpo_lm.seeds import derive_seed
-from trpo_lm.storage import append_json_line, truncate_json_lines
 from trpo_lm.training.artifacts import completion_lines
-from trpo_lm.training.checkpoint import OutputLock
+from trpo_lm.training.assembly import Parts, prompts_of_update
+from trpo_lm.training.display import Display
+from trpo_lm.training.folder import OutputLock, Row, RunFolder
+from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.metrics import metrics_row, rollout_metrics
-from trpo_lm.training.trainer import COMPLETIONS, METRICS, Trainer
+from trpo_lm.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Task:
+    """What TRL's run has in common with those of every other arm.
+
+    Attributes:
+        parts: Its policy copies TRL's parameters and is measured.
+        prompts: Those to train on, all of which fit.
+        args: Settings of the trainer; the folder is the run's own.
+        ranks: The only process.
+        display: Where progress is shown.
+    """
+
+    parts: Parts
+    prompts: Prompts
+    args: TrainerConfig
+    ranks: Ranks
+    display: Display
 
 
 def check_trl() -> None:
-    """Say so if TRL's trainers cannot run here.
+    """Check that TRL's trainers can run here.
 
     Raises:
         TrpoLMError: If TRL is not installed, or there are several processes.
@@ -62,16 +83,13 @@ def check_trl() -> None:
 
 
 def train_with_trl(
-    trainer: Trainer,
-    model: PreTrainedModel | PeftModel,
-    settings: TRLSettings,
-    algorithm: str,
-) -> list[dict[str, Any]]:
-    """Let TRL train; leave `trainer.policy` where TRL ended, and its run in `trainer.folder`.
+    task: Task, model: PreTrainedModel | PeftModel, settings: TRLSettings, algorithm: str
+) -> list[Row]:
+    """Let TRL train; leave our policy at its last parameters, and the run in its folder.
 
     Args:
-        trainer: Fresh; lends its prompts, reward and adapter, and does not train.
-        model: The model that `trainer` was made of, loaded once more; TRL patches it.
+        task: Prompts, reward and adapter.
+        model: The policy's model, loaded once more; TRL patches it.
         settings: Of TRL's trainer.
         algorithm: `trl-grpo` or `trl-rloo`.
 
@@ -82,6 +100,29 @@ def train_with_trl(
         RunFault: If the policy becomes non-finite, or the reward fails.
         Interrupted: When a signal stopped it.
     """
+    parts, folder = task.parts, RunFolder(task.args.output_dir)
+    observer = _Observer(task, folder)
+    theirs = _trainer(task, observer, model, settings, algorithm)
+    observer.parameters = [p for p in theirs.model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        ours = parts.policy.parameters.tensors
+        for p, initial in zip(observer.parameters, ours, strict=True):
+            p.copy_(initial)
+    with ExitStack() as stack:
+        stack.callback(parts.rewards.close)
+        stack.enter_context(OutputLock(folder.path))
+        stack.enter_context(Interrupts(alone=True))
+        folder.truncate(0)
+        observer.clock = perf_counter()
+        theirs.train()
+    parts.policy.save(folder.path)
+    return observer.rows
+
+
+def _trainer(
+    task: Task, observer: _Observer, model: Any, settings: TRLSettings, algorithm: str
+) -> Any:
+    """Make TRL's trainer."""
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # read when a trainer is made
     trl = importlib.import_module("trl")
     config, kind = {
@@ -90,35 +131,20 @@ def train_with_trl(
     }[algorithm]
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.base_model.register_forward_pre_hook(_positions, with_kwargs=True)
-    observer = _Observer(trainer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         theirs = kind(
             model=model,
             reward_funcs=observer.score,
-            args=config(**_arguments(trainer.args, settings)),
-            train_dataset=_prompts_in_order(trainer),
-            processing_class=trainer.tokenizer,
+            args=config(**_arguments(task.args, settings)),
+            train_dataset=_prompts_in_order(task),
+            processing_class=task.parts.tokenizer,
             callbacks=[observer],
             peft_config=None if base is not model else default_lora(),
         )
     theirs.remove_callback(PrinterCallback)
-    observer.parameters = [p for p in theirs.model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        ours = trainer.policy.parameters.tensors
-        for p, initial in zip(observer.parameters, ours, strict=True):
-            p.copy_(initial)
-    with ExitStack() as stack:
-        stack.callback(trainer.rewards.close)
-        stack.enter_context(OutputLock(trainer.folder))
-        stack.enter_context(trainer.interrupts)
-        for name in (METRICS, COMPLETIONS):
-            truncate_json_lines(trainer.folder / name, 0)
-        observer.clock = perf_counter()
-        theirs.train()
-    trainer.policy.save(trainer.folder)
-    return observer.rows
+    return theirs
 
 
 def _arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
@@ -150,18 +176,19 @@ def _arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
     }
 
 
-def _prompts_in_order(trainer: Trainer) -> Dataset:
-    """Return the prompts of all updates, in the order in which every other arm meets them."""
-    rows = [row for i in range(trainer.args.updates) for row in trainer._rows(i + 1)]
-    prompts, columns = trainer.prompts.take(rows)
+def _prompts_in_order(task: Task) -> Dataset:
+    """Return the prompts of all updates, in the order of every other arm."""
+    args, count = task.args, len(task.prompts)
+    rows = [row for i in range(args.updates) for row in prompts_of_update(i + 1, args, count)]
+    prompts, columns = task.prompts.take(rows)
     return Dataset.from_dict({**columns, "prompt": prompts})
 
 
 def _positions(module: Any, inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give a model the positions of left-padded tokens, which TRL's loss leaves out.
+    """Give a model the positions of left-padded tokens, which TRL's loss omits.
 
-    Absolute position embeddings would otherwise count the padding, and the loss would be that of
-    another policy than the one that sampled.
+    Absolute position embeddings would otherwise count the padding, and the loss would not be that
+    of the policy that sampled.
     """
     mask = kwargs.get("attention_mask")
     if mask is not None and kwargs.get("position_ids") is None:
@@ -172,12 +199,12 @@ def _positions(module: Any, inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, d
 class _Observer(TrainerCallback):
     """Scores TRL's completions, and writes a row of metrics after each of its steps."""
 
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.parameters: list[Tensor] = []  # TRL's; ours follow
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, task: Task, folder: RunFolder):
+        self.task, self.folder = task, folder
+        self.parameters: list[Tensor] = []  # TRL's; ours copy them
+        self.rows: list[Row] = []
         self.completions = self.tokens = 0
-        self.clock = 0.0  # since when TRL has been working
+        self.clock = 0.0  # start of TRL's own work
 
     def score(
         self, prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any
@@ -186,22 +213,22 @@ class _Observer(TrainerCallback):
 
         Args:
             prompts: Of each completion, (N,).
-            completions: As TRL shows them to a reward function; the tokens decide.
+            completions: As TRL passes them to a reward function; not used, the tokens decide.
             completion_ids: Tokens of the completions, without padding.
-            columns: The dataset's, and what else TRL hands over.
+            columns: The dataset's, and whatever else TRL passes.
         """
-        sampled_at, trainer, mdp = perf_counter(), self.trainer, self.trainer.mdp
+        sampled_at, task, mdp = perf_counter(), self.task, self.task.parts.mdp
         T, pad = mdp.max_completion_length, mdp.pad_token_id
         self.rollout = mdp.scored(
             prompts,
             *mdp.left_pad([encode_prompt(mdp.tokenizer, prompt) for prompt in prompts]),
             torch.tensor([ids + [pad] * (T - len(ids)) for ids in completion_ids]),
-            torch.arange(len(prompts)) // trainer.args.completions_per_prompt,
-            {name: columns[name] for name in trainer.prompts.columns},
+            torch.arange(len(prompts)) // task.args.completions_per_prompt,
+            {name: columns[name] for name in task.prompts.columns},
             columns.get("trainer_state"),
         )
-        size = trainer.args.micro_batch_size
-        self.batch = Batch.from_rollout(trainer.policy, self.rollout, micro_batch_size=size)
+        size = task.args.micro_batch_size
+        self.batch = Batch.from_rollout(task.parts.policy, self.rollout, micro_batch_size=size)
         self.seconds = {
             "time/rollout": sampled_at - self.clock,
             "time/score": self.rollout.score_seconds,
@@ -212,22 +239,18 @@ class _Observer(TrainerCallback):
         return [score if valid else None for score, valid in pairs]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Follow TRL's step, measure it, and write the update's row."""
+        """Copy TRL's parameters, measure its step, and log the update."""
         self.seconds["time/update"] = perf_counter() - self.clock
-        trainer, policy, ranks = self.trainer, self.trainer.policy, self.trainer.ranks
+        policy, ranks, update = self.task.parts.policy, self.task.ranks, len(self.rows) + 1
         numbers, completions, tokens = rollout_metrics(self.batch, ranks)
         self.completions, self.tokens = self.completions + completions, self.tokens + tokens
         policy.parameters.restore(self.parameters)
-        nothing = torch.zeros(self.rollout.action_mask.shape)
-        after = BatchObjective(policy, self.batch, nothing, ranks.reduce).measure()
+        after = BatchObjective(policy, self.batch, None, ranks.reduce).measure()
         if not math.isfinite(after.kl):
-            raise RunFault(
-                "non-finite logits after a step of TRL", where=f"update {len(self.rows) + 1}"
-            )
-        trainer.update = len(self.rows) + 1
+            raise RunFault("non-finite logits after a step of TRL", where=f"update {update}")
         row = metrics_row(
             {
-                "update": trainer.update,
+                "update": update,
                 "completions": self.completions,
                 "tokens": self.tokens,
                 **numbers,
@@ -240,9 +263,7 @@ class _Observer(TrainerCallback):
                 "time/total": sum(self.seconds.values()),
             }
         )
-        for line in completion_lines(self.rollout, trainer.update):
-            append_json_line(trainer.folder / COMPLETIONS, line)
-        append_json_line(trainer.folder / METRICS, row)
+        self.folder.append(row, completion_lines(self.rollout, update))
         self.rows.append(row)
-        trainer.console.update(row, {})
+        self.task.display.update(row, Limits())
         self.clock = perf_counter()

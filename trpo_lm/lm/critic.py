@@ -35,6 +35,11 @@ class Critic(Protocol):
     name: str
     default_lam: float
 
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether it looks at `prefix_scores`."""
+        ...
+
     def values(
         self, hidden: Tensor, prefix_scores: Tensor | None, mask: Tensor, *, untrained: float
     ) -> Tensor:
@@ -65,7 +70,7 @@ class Critic(Protocol):
 class NoCritic:
     """V = 0."""
 
-    name, default_lam = "none", 1.0
+    name, default_lam, reads_prefixes = "none", 1.0, False
 
     def values(self, hidden, prefix_scores, mask, *, untrained: float) -> Tensor:
         """Return zeros, (N, T)."""
@@ -92,7 +97,7 @@ class PrefixCritic:
         length: T, positions that have a line of their own.
     """
 
-    name, default_lam = "prefix", 0.5
+    name, default_lam, reads_prefixes = "prefix", 0.5, True
     PRIOR = 16.0
 
     def __init__(self, length: int):
@@ -166,6 +171,11 @@ class ValueHead:
         self.origin = torch.zeros(2, dtype=torch.float64)  # of prefix scores and of targets
         self.errors = torch.zeros(len(self.RIDGES), dtype=torch.float64)
         self.seen = torch.zeros(1, dtype=torch.float64)
+
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether the prefix score is a feature."""
+        return self.use_prefix
 
     def _features(self, hidden: Tensor, prefix_scores: Tensor | None, mask: Tensor) -> Tensor:
         columns = [hidden.double().cpu()]

@@ -37,7 +37,7 @@ class BatchObjective:
     Args:
         policy: At theta_old.
         batch: Completions sampled from it.
-        advantages: A_t, (N, T), in units of their standard deviation.
+        advantages: A_t, (N, T), in units of their standard deviation; None: zeros, for D and R.
         reduce: Sums a tensor over ranks.
         seed: What random choices made on this batch derive from.
 
@@ -50,13 +50,15 @@ class BatchObjective:
         self,
         policy: Policy,
         batch: Batch,
-        advantages: Tensor,
+        advantages: Tensor | None,
         reduce: Reduce,
         seed: tuple[int | str, ...] = (0,),
     ):
         self.policy, self.batch, self.reduce, self.seed = policy, batch, reduce, seed
         self.theta = policy.parameters
-        self.advantages = advantages[batch.rollout.action_mask].to(batch.old_logprobs)  # (S,)
+        self.advantages = torch.zeros_like(batch.old_logprobs)  # (S,)
+        if advantages is not None:
+            self.advantages = advantages[batch.rollout.action_mask].to(batch.old_logprobs)
         self.N = float(reduce(torch.tensor(float(len(batch.rollout)), dtype=torch.float64)))
 
     def gradients(self, *, reference: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,9 +1,9 @@
 """transformers' callbacks and trackers, without its Trainer.
 
-An update is a step: on_step_begin, on_step_end, on_log, on_evaluate, on_save and the ends of the
-run come as transformers' Trainer sends them, and a callback may set the flags of `TrainerControl`
-(should_training_stop, should_save, should_evaluate, should_log). on_epoch_*, on_substep_end and
-on_optimizer_step never come: there are no epochs and no optimiser.
+An update is a step: on_step_begin, on_step_end, on_log, on_evaluate, on_save, on_train_begin and
+on_train_end are called as transformers' Trainer calls them, and a callback may set the flags of
+`TrainerControl` (should_training_stop, should_save, should_evaluate, should_log). on_epoch_*,
+on_substep_end and on_optimizer_step are never called: there are no epochs and no optimiser.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FLAGS = ("should_training_stop", "should_save", "should_evaluate", "should_log"
 
 
 class Callbacks:
-    """What the trainer tells of a run, and what callbacks ask of it.
+    """The callbacks and trackers of a run, and the flags they set.
 
     Args:
         callbacks: Instances or classes.
         args: Names the trackers (`report_to`) and how often to log, evaluate and save.
-        ranks: Callbacks run on every rank; a flag that one of them sets counts for all.
-        model, tokenizer: Handed to the callbacks.
+        ranks: Callbacks run on every rank; a flag set on one is set on all.
+        model, tokenizer: Passed to the callbacks.
 
     Attributes:
         state: As transformers keeps it; `global_step` is the number of updates done.
@@ -57,16 +57,15 @@ class Callbacks:
         if not trackers and not callbacks:
             return
         try:
-            found = [cls() for cls in get_reporting_integration_callbacks(trackers)]
+            reporting = [cls() for cls in get_reporting_integration_callbacks(trackers)]
         except (ValueError, RuntimeError, ImportError) as error:
             raise TrpoLMError(str(error).splitlines()[0], where="report_to") from error
         self._arguments = TrainingArguments(
             output_dir=args.output_dir, run_name=args.run_name, report_to=trackers or "none",
             seed=args.seed, logging_steps=args.logging_steps, max_steps=args.updates,
         )  # fmt: skip
-        # DefaultFlowCallback is there because the handler warns of its absence, and does nothing
-        # here: `due` says what is due.
-        flow = [DefaultFlowCallback, *found, *callbacks]
+        # The handler warns if it is made without DefaultFlowCallback, whose work `step_end` does.
+        flow = [DefaultFlowCallback, *reporting, *callbacks]
         self._handler = CallbackHandler(flow, model, tokenizer, None, None)
         self._handler.pop_callback(DefaultFlowCallback)
 
@@ -77,7 +76,7 @@ class Callbacks:
             self.control = call(self._arguments, self.state, self.control, **keywords)
 
     def step_end(self) -> None:
-        """Set the flags that are due after an update, and hear what callbacks add to them."""
+        """Set the flags that are due after an update, then let callbacks add to them."""
         args, update = self.args, self.state.global_step
         for flag, every in (
             ("should_log", args.logging_steps),

@@ -1,6 +1,6 @@
 """The screen of a run: a live bar on a terminal, plain lines anywhere else.
 
-Text that a model wrote is never trusted: neither its control characters nor its markup reach the
+Text that a model wrote is untrusted: neither its control characters nor its markup reach the
 terminal.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import rich.console
@@ -26,86 +26,77 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from trpo_lm.config import Limits
 from trpo_lm.report.format import clean, number
 
 
 def update_line(
-    row: Mapping[str, Any],
-    limits: Mapping[str, float | None],
-    *,
-    total: int,
-    first_score: float | None = None,
+    row: Mapping[str, Any], limits: Limits, *, total: int, first_score: float | None = None
 ) -> str:
-    """Return the one line that tells of an update; what is null in `row` is left out.
+    """Return the one-line summary of an update; null values are omitted.
 
     Args:
         row: Metrics by name.
-        limits: `max_kl` and `max_ref_kl`, nats per completion; either may be None or absent.
+        limits: Shown beside what they limit.
         total: Updates of the whole run.
         first_score: Mean score of the first update, with which this one is compared.
     """
     head = f"update {row['update']:0{len(str(total))}d}/{total}"
     if row.get("skipped"):
         return f"{head}  skipped: {clean(row['skipped'])}"
-    parts = [head]
-
-    def add(label: str, name: str, show: Any) -> None:
-        if row.get(name) is not None:
-            parts.append(f"{label}{show(row[name])}")
 
     def score(value: float) -> str:
         if first_score is None:
             return number(value)
-        scale = max(abs(value), abs(first_score))
-        change = value - first_score
+        change, scale = value - first_score, max(abs(value), abs(first_score))
         return f"{number(value, scale)} ({'+' if change >= 0 else ''}{number(change, scale)})"
 
-    def against(limit: float | None) -> Any:
-        if limit is None:
-            return number
-        return lambda value: f"{number(value, limit)}/{number(limit)}"
+    def against(value: float, limit: float | None) -> str:
+        return number(value) if limit is None else f"{number(value, limit)}/{number(limit)}"
 
-    def trials(count: int) -> str:
-        if row.get("line_search/accepted", True) in (True, None):
-            return str(count)
-        return f"{count}, rejected: {clean(row.get('line_search/reason') or 'no step was good')}"
+    columns: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("score ", "objective/score_mean", score),
+        ("eval ", "objective/eval_score_mean", number),
+        ("kl ", "trust_region/kl", lambda value: against(value, limits.max_kl)),
+        ("ref_kl ", "objective/ref_kl", lambda value: against(value, limits.max_ref_kl)),
+        ("trials ", "line_search/trials", lambda count: _trials(count, row)),
+        ("cg ", "cg/iterations", lambda count: _iterations(count, row)),
+        ("len ", "objective/completion_length", "{:.1f}".format),
+        ("", "time/total", "{:.1f} s".format),
+    ]
+    values = ((label, row.get(name), show) for label, name, show in columns)
+    parts = [f"{label}{show(value)}" for label, value, show in values if value is not None]
+    return "  ".join([head, *parts])
 
-    def iterations(count: int) -> str:
-        residual = row.get("cg/residual")
-        if residual is None:
-            return str(count)
-        mantissa, exponent = f"{residual:.0e}".split("e") if residual else ("0", "0")
-        return f"{count} ({mantissa}e{int(exponent)})"
 
-    add("score ", "objective/score_mean", score)
-    add("eval ", "objective/eval_score_mean", number)
-    add("kl ", "trust_region/kl", against(limits.get("max_kl")))
-    add("ref_kl ", "objective/ref_kl", against(limits.get("max_ref_kl")))
-    add("trials ", "line_search/trials", trials)
-    add("cg ", "cg/iterations", iterations)
-    add("len ", "objective/completion_length", "{:.1f}".format)
-    add("", "time/total", "{:.1f} s".format)
-    return "  ".join(parts)
+def _trials(count: int, row: Mapping[str, Any]) -> str:
+    if row.get("line_search/accepted", True) in (True, None):
+        return str(count)
+    return f"{count}, rejected: {clean(row.get('line_search/reason') or 'no step was good')}"
+
+
+def _iterations(count: int, row: Mapping[str, Any]) -> str:
+    residual = row.get("cg/residual")
+    if residual is None:
+        return str(count)
+    mantissa, exponent = f"{residual:.0e}".split("e") if residual else ("0", "0")
+    return f"{count} ({mantissa}e{int(exponent)})"
 
 
 class Console:
-    """The screen of a run: a live bar on a terminal, plain lines anywhere else.
+    """The `Display` of one run.
 
     Args:
         enabled: Whether to show anything; False on every process but the main one.
         total: Updates of the whole run.
         stream: Where to write; standard output by default.
-
-    Attributes:
-        first_score: Score that later ones are compared with: the first that `update` was given. A
-            run that is resumed may set it.
     """
 
     def __init__(self, enabled: bool, total: int, stream: TextIO | None = None):
         out: TextIO = sys.stdout if stream is None else stream
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="replace")  # an emoji must not end a run in a latin-1 terminal
-        self.first_score: float | None = None
+        self._first_score: float | None = None  # later ones are compared with it
         self._total = total
         self._terminal = (
             enabled and out.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
@@ -138,8 +129,9 @@ class Console:
     def _render(self) -> rich.console.Group:
         return rich.console.Group(self._latest, self._bar)
 
-    def banner(self, facts: Mapping[str, Any]) -> None:
+    def banner(self, facts: Mapping[str, Any], first_score: float | None = None) -> None:
         """Show what is about to run, a line for each label and its value, and start the bar."""
+        self._first_score = first_score
         width = max(map(len, facts), default=0)
         for label, value in facts.items():
             line = Text.assemble((clean(label).ljust(width), "bold"), "  ", clean(value))
@@ -151,11 +143,11 @@ class Console:
         self._latest.plain = "sampling the first completions"
         self._start()
 
-    def update(self, row: Mapping[str, Any], limits: Mapping[str, float | None]) -> None:
+    def update(self, row: Mapping[str, Any], limits: Limits) -> None:
         """Show one update: on the bar, or as a line of its own where there is no terminal."""
-        line = update_line(row, limits, total=self._total, first_score=self.first_score)
-        if self.first_score is None:
-            self.first_score = row.get("objective/score_mean")
+        line = update_line(row, limits, total=self._total, first_score=self._first_score)
+        if self._first_score is None:
+            self._first_score = row.get("objective/score_mean")
         if not self._terminal:
             self._out.print(line, soft_wrap=True)
             return
@@ -165,22 +157,16 @@ class Console:
         self._live.refresh()
 
     def note(self, text: str) -> None:
-        """Show a remark; its line ends are kept, and a bar stays below it."""
+        """Show a remark above the bar; its line breaks are kept."""
         for line in text.splitlines():
             self._out.print(clean(line), soft_wrap=not self._terminal)
 
     def samples_due(self, update: int) -> bool:
-        """Say whether to show samples at this update: every 5 on a terminal, else every 20."""
+        """Whether to show samples at this update: every 5 on a terminal, else every 20."""
         return not self._out.quiet and update % (5 if self._terminal else 20) == 0
 
     def samples(self, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-        """Show completions of the reference and the policy: side by side, or below each other.
-
-        Args:
-            rows: Each with `prompt`, `reference` and `policy` (texts), `score_before` (the
-                reference's) and `score_after` (the policy's); what is absent stays empty.
-            title: What stands above them.
-        """
+        """Show completions side by side on a terminal, else below each other."""
         if not self._terminal:
             self.note(f"\n{title}")
             for row in rows:
@@ -205,7 +191,7 @@ class Console:
         )
 
     def _sample_lines(self, row: Mapping[str, Any]) -> None:
-        """Show a sample as three plain lines, each score before its text."""
+        """Show a sample as three plain lines, each with its score before its text."""
         texts = {
             "prompt": (None, _cut(clean(row.get("prompt", "")), 200, keep_end=True)),
             "reference": (row.get("score_before"), _cut(clean(row.get("reference", "")), 200)),
@@ -232,7 +218,7 @@ class Console:
         self._out.print("", table)
 
     def close(self) -> None:
-        """Leave the bar as it stands; must be called however the run ends."""
+        """Stop the bar and leave it on the screen; must be called however the run ends."""
         self._live.stop()
 
     def _start(self) -> None:

@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM: the first one stops a run where that is safe, the second one at once.
+"""SIGINT and SIGTERM: the first stops at the next safe point, the second immediately.
 
-In one process the first signal raises `Interrupted` in the middle of an update, whose half-done
-work the trainer takes back; while files are written it waits. With several processes a rank that
-left by itself would leave the others waiting in a collective, so that it only sets a flag, which
-the ranks compare between updates.
+In one process the first signal raises `Interrupted` in the middle of an update, which the trainer
+then rolls back; while files are written it is deferred. With several processes a rank that stopped
+by itself would leave the others waiting in a collective, so it only sets a flag, which the ranks
+compare between updates.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from trpo_lm.errors import Interrupted
 
 
 class Interrupts:
-    """Handlers for both signals inside a `with` block; those of before come back after it.
+    """Handlers for both signals inside a `with` block; the previous ones are restored after it.
 
     Args:
         alone: Whether this is the only process of the run.
 
     Attributes:
-        asked: Number of the signal that was met, or 0.
+        asked: Number of the signal that was received, or 0.
     """
 
     def __init__(self, *, alone: bool):
@@ -35,7 +35,7 @@ class Interrupts:
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._before[signum] = signal.signal(signum, self._handle)
-        except ValueError:  # not the main thread: signals are somebody else's business
+        except ValueError:  # not the main thread: it gets no signals
             pass
         return self
 
@@ -45,15 +45,15 @@ class Interrupts:
         self._before = {}
 
     def _handle(self, signum: int, frame: Any) -> None:
-        for known in self._before:
-            signal.signal(known, signal.SIG_DFL)
+        for handled in self._before:
+            signal.signal(handled, signal.SIG_DFL)
         self.asked = signum
         if not self._waits:
             self.stop(signum)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let a signal wait until the end of the block."""
+        """Defer a signal to the end of the block."""
         self._waits = True
         yield
         self._waits = not self.alone

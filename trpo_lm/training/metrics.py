@@ -1,4 +1,4 @@
-"""What one batch says, in numbers that are the same on every rank.
+"""Metrics of one batch, identical on every rank, and notes on the metrics of a run.
 
 Means are sums over all completions (or tokens) of all ranks, divided once; a mean of no values is
 None.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from statistics import median
 from typing import Any
 
@@ -19,6 +21,7 @@ from trpo_lm.errors import RunFault
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rollout import Batch, Rollout
+from trpo_lm.training.folder import Row
 from trpo_lm.training.ranks import Ranks
 
 # "per completion" = summed over a completion's tokens, averaged over completions.
@@ -68,28 +71,44 @@ METRICS: dict[str, str] = {
 }
 
 
-def metrics_row(values: Mapping[str, Any]) -> dict[str, Any]:
+def metrics_row(values: Mapping[str, Any]) -> Row:
     """Return `values` with every name of METRICS present, null where it has no value."""
     return dict.fromkeys(METRICS) | dict(values)
 
 
-NOISY_BATCHES, NOISY_UPDATES = 10, 5  # a noise scale worth a word, and over how many updates
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy on held-out prompts.
+
+    Attributes:
+        score, std: Mean and standard deviation over all ranks; nan if every reward abstained.
+        ref_kl: Exact KL to the reference, nats per completion.
+        rollout: This rank's completions.
+    """
+
+    score: float
+    std: float
+    ref_kl: float
+    rollout: Rollout
 
 
-def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[dict[str, Any], int, int]:
-    """Return what was sampled, as metrics, and how many completions and tokens it was."""
+# ---------------------------------------------------------------- one batch
+
+
+def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[Row, int, int]:
+    """Return the metrics of a rollout, and how many completions and tokens it has."""
     r = batch.rollout
     score, std = ranks.mean(r.scores.score[r.scores.valid])
     sums = (torch.tensor(len(r)), r.lengths, batch.ref_kl, batch.entropy, ~r.truncated)
     total = ranks.reduce(torch.stack([x.double().sum().cpu() for x in sums]))
     N, tokens, ref_kl, entropies, ended = total.tolist()
     columns = {
-        f"rewards/{name}": known(ranks.mean(_tensor(values))[0])
+        f"rewards/{name}": none_if_nan(ranks.mean(_tensor(values))[0])
         for name, values in r.scores.columns.items()
     }
     metrics = {
-        "objective/score_mean": known(score),
-        "objective/score_std": known(std),
+        "objective/score_mean": none_if_nan(score),
+        "objective/score_std": none_if_nan(std),
         "objective/ref_kl": ref_kl / N,
         "objective/ref_kl_per_token": ref_kl / tokens,
         "objective/entropy": entropies / tokens,
@@ -101,52 +120,60 @@ def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[dict[str, Any], int, in
     return metrics, int(N), int(tokens)
 
 
+def evaluation(batch: Batch, ranks: Ranks) -> Evaluation:
+    """Return what a rollout on held-out prompts measures."""
+    r = batch.rollout
+    score, std = ranks.mean(r.scores.score[r.scores.valid])
+    ref_kl = ranks.reduce(batch.ref_kl.double().sum().cpu())
+    N = ranks.reduce(torch.tensor(float(len(r)), dtype=torch.float64))
+    return Evaluation(score, std, float(ref_kl / N), r)
+
+
 def logged(values: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Return the mean over ranks of what reward functions logged; skipped rows are counted."""
-    told = ranks.gather([values])
-    found = {name: [x[name] for x in told if name in x] for x in told for name in x}
+    """Return the mean over ranks of what reward functions logged; skipped rows are summed."""
+    parts = ranks.gather([values])
+    columns = {name: [x[name] for x in parts if name in x] for x in parts for name in x}
     return {
-        name: sum(said) / (1 if name == "rewards/skipped" else len(said))
-        for name, said in found.items()
+        name: sum(column) / (1 if name == "rewards/skipped" else len(column))
+        for name, column in columns.items()
     }
 
 
 def critic_error(
     rollout: Rollout, values: Tensor, targets: Tensor, ranks: Ranks
 ) -> dict[str, float | None]:
-    """Return how well values explain returns, (N, T) both, that the critic has not seen yet."""
+    """Return how well values explain returns, (N, T) both, that the critic was not fitted to."""
     mask = rollout.action_mask & rollout.scores.valid[:, None]
     bias, error = ranks.mean((targets - values)[mask])
     spread = ranks.mean(targets[mask])[1] ** 2
     return {
-        "critic/loss": known(error**2 + bias**2),
+        "critic/loss": none_if_nan(error**2 + bias**2),
         "critic/explained_variance": 1 - error**2 / spread if spread > 0 else None,
     }
 
 
 def no_signal(rollout: Rollout, ranks: Ranks) -> str | None:
-    """Say why a batch cannot teach anything, or None."""
+    """Return why a batch has no gradient, or None."""
     totals = rollout.rewards.sum(-1)[rollout.scores.valid].tolist()
     by_token = rollout.scores.token_rewards is not None
-    told = ranks.gather([(len(rollout), totals, by_token)])
-    scores = [score for _, row, _ in told for score in row]
+    parts = ranks.gather([(len(rollout), totals, by_token)])
+    scores = [score for _, row, _ in parts for score in row]
     if not scores:
-        return f"no reward: all {sum(n for n, _, _ in told)} completions abstained"
+        return f"no reward: all {sum(n for n, _, _ in parts)} completions abstained"
     low, high = min(scores), max(scores)
-    if high - low <= EQUAL * max(abs(low), abs(high)) and not any(by for *_, by in told):
+    if high - low <= EQUAL * max(abs(low), abs(high)) and not any(by for *_, by in parts):
         return "zero advantage: every completion got the same reward"
     return None
 
 
 def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
-    """Assert D == 0 at theta_old, and with it ratio == 1: no dropout, no other source of noise.
+    """Check that D == 0, and so ratio == 1, at theta_old: no dropout, no other source of noise.
 
     Raises:
         RunFault: If two passes of the same policy differ.
     """
-    nothing = torch.zeros(batch.rollout.action_mask.shape)
-    objective = BatchObjective(policy, batch, nothing, ranks.reduce)
-    kl = objective.measure().kl * objective.N  # over all completions
+    objective = BatchObjective(policy, batch, None, ranks.reduce)
+    kl = objective.measure().kl * objective.N  # of all completions together
     if not kl <= 1e-5:
         raise RunFault(
             f"two passes of the same policy differ: KL {kl:.2g}",
@@ -155,7 +182,23 @@ def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
         )
 
 
-def known(value: float) -> float | None:
+def times(seconds: Mapping[str, float], *, scoring: float) -> dict[str, float]:
+    """Return the times of an update.
+
+    Args:
+        seconds: Duration of each of its stages.
+        scoring: Seconds that the stage "rollout" spent on rewards.
+    """
+    parts = {
+        "time/rollout": seconds["rollout"] - scoring,
+        "time/score": seconds["score"] + scoring,
+        "time/update": seconds["measure"] + seconds["update"],
+        "time/value": seconds["values"] + seconds["critic"],
+    }
+    return {**parts, "time/total": sum(parts.values())}
+
+
+def none_if_nan(value: float) -> float | None:
     """Return None for the mean of no values."""
     return None if value != value else value
 
@@ -164,8 +207,43 @@ def _tensor(values: Sequence[float | None]) -> Tensor:
     return torch.tensor([v for v in values if v is not None], dtype=torch.float64)
 
 
-def noise_note(rows: Sequence[dict[str, Any]], size: int) -> str | None:
-    """Return what to change when the gradient has become mostly noise; said once in a run.
+# ---------------------------------------------------------------- notes: pure functions of all rows
+
+NOISY_BATCHES, NOISY_UPDATES = 10, 5  # a noise scale worth a note, and over how many updates
+STALLED_UPDATES = 3
+BOUND_BY_BUDGET = ("ref", "both", "recover")
+
+# Likely causes of a stall, by what the line search or conjugate gradient reported.
+CAUSES = {
+    "nonfinite": "a Fisher product was not finite: look for a weight that is nan or infinite, and "
+    "leave bf16 off",
+    "indefinite": "the Fisher is not positive definite to rounding: raise damping or "
+    "fisher_completions, and leave bf16 off",
+    "zero": "the gradient is zero: no completion of a batch is better than another",
+    "non-finite": "the model's logits overflow: leave bf16 off, or lower max_kl",
+    "kl above": "steps are longer than their quadratic model allows: raise damping or "
+    "fisher_completions, or lower max_kl",
+    "reference kl": "the policy is at its budget: raise max_ref_kl, or end the run",
+    "gain below": "the gradient is mostly noise: raise prompts_per_update",
+}
+
+
+def notes(rows: Sequence[Row], size: int) -> list[str]:
+    """Return what is worth saying after the newest of all updates of `size` completions."""
+    found = budget_note(rows), noise_note(rows, size), stalled_note(rows)
+    return [note for note in found if note is not None]
+
+
+def budget_note(rows: Sequence[Row]) -> str | None:
+    """Return a note when the budget bounds a step for the first time."""
+    bound = [row for row in rows if row.get("trust_region/case") in BOUND_BY_BUDGET]
+    if len(bound) != 1 or bound[0] is not rows[-1]:
+        return None
+    return "reference KL budget reached: it shortens steps from here on"
+
+
+def noise_note(rows: Sequence[Row], size: int) -> str | None:
+    """Return what to change when the gradient has become mostly noise; once in a run.
 
     Args:
         rows: Metrics of all updates so far, the newest last.
@@ -183,8 +261,26 @@ def noise_note(rows: Sequence[dict[str, Any]], size: int) -> str | None:
     if not over or not over[-1] or any(over[:-1]):
         return None
     scale = median(scales[-NOISY_UPDATES:])
-    told = "more completions than can be told" if math.isinf(scale) else f"{scale:,.0f} completions"
+    much = "too large to measure" if math.isinf(scale) else f"{scale:,.0f} completions"
     return (
-        f"the gradient is mostly noise (noise scale {told}, an update has {size}): raise "
+        f"the gradient is mostly noise (noise scale {much}, an update has {size}): raise "
         "prompts_per_update, or use a reward that scores prefixes (critic=prefix)"
     )
+
+
+def stalled_note(rows: Sequence[Row]) -> str | None:
+    """Return the likely causes when the policy has not moved for some updates; once a stall."""
+    still = [*takewhile(_rejected, reversed(rows))]
+    if len(still) != STALLED_UPDATES:
+        return None
+    status, reason = (still[0].get(name) for name in ("cg/status", "line_search/reason"))
+    facts = [str(fact) for fact in (status, reason) if fact]
+    likely = [CAUSES[key] for fact in facts for key in CAUSES if fact.startswith(key)]
+    return (
+        f"the policy has not moved for {len(still)} updates (conjugate gradient: {status}, line "
+        f"search: {reason}); {'; '.join(likely)}"
+    )
+
+
+def _rejected(row: Row) -> bool:
+    return row.get("line_search/accepted") is False and not row.get("skipped")

@@ -1,11 +1,11 @@
-"""The processes of a run, seen from one of them: sums, agreement, and failures that all share.
+"""Collectives, and errors that are raised on every rank together.
 
 The policy is not wrapped for distributed training: every rank computes sums over its own
-completions and `reduce` adds them up. A decision is taken on reduced numbers only, so that all
-ranks take the same branch. What may fail on one rank alone goes through `agree`: ranks tell each
-other that they are well before every collective, so that a failure ends the run everywhere, under
-the same message, instead of leaving the others to wait. With one process everything here is the
-identity.
+completions and `reduce` adds them up. Decisions are made on reduced numbers only, so that all
+ranks take the same branch. Work that may fail on one rank alone goes through `agree`: before every
+collective the ranks exchange whether one of them failed, so that a failure ends the run everywhere,
+under the same message, instead of leaving the others waiting. With one process everything here is
+the identity.
 
 This is the only module that imports accelerate.
 """
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import atexit
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,51 +25,52 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
-
-_HERE = Path(__file__).resolve().parents[1]
+from trpo_lm.training.stages import Stages
 
 
 class SharedFault(RunFault):
-    """A fault that every rank has raised at the same place: they can still act together."""
+    """A fault that every rank raises at the same place, so that they can still act together."""
 
 
 class OutOfMemory(SharedFault):
-    """The memory of some rank's device is full."""
+    """The device of some rank is out of memory."""
 
 
 class LostRanks(RunFault):
-    """Other ranks did not come to a collective: nothing can be done together any more."""
+    """Other ranks did not reach a collective: they can no longer act together."""
 
 
 class Ranks:
-    """This process among those of the run.
+    """The processes of a run, and which of them this one is.
 
     Args:
         timeout: Seconds after which a rank that waits for the others gives up; None: torch's own,
             1800 with gloo and 600 with NCCL.
+        stage: Names what is under way, for the error when other ranks are lost.
 
     Attributes:
         rank: Number of this process, from 0.
         count: Processes of the run.
         main: Whether this one writes the files and the screen.
-        device: Where its model lives.
+        device: Device of its model.
 
     Raises:
-        TrpoLMError: If several processes were asked for and this is the only one.
+        TrpoLMError: If the launcher was to start several processes and started this one only.
     """
 
-    def __init__(self, timeout: float | None = None):
+    def __init__(self, timeout: float | None = None, stage: Stages | None = None):
+        self._stage = stage or Stages()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         handlers = []
         if timeout is not None:
             handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)))
-        # Without being told, accelerate forms no group on a machine that has no accelerator.
+        # Without cpu=True accelerate forms no group on a machine that has no accelerator.
         cpu = several and not torch.accelerator.is_available()
         self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
         launched = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
         if self.accelerator.num_processes == 1 and (several or launched):
             raise TrpoLMError(  # accelerate launch --cpu --num_processes 2 starts one, silently
-                "several processes were asked for, and this one is alone",
+                "launched for several processes, but only one started",
                 where="launcher",
                 hint="on the CPU: torchrun --nproc_per_node N, or accelerate launch --multi_gpu "
                 "--num_processes N on a machine without a GPU",
@@ -83,7 +82,7 @@ class Ranks:
         atexit.register(_leave)
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over ranks; the result lies where the tensor lay."""
+        """Sum a tensor over ranks, on the tensor's own device."""
         if self.count == 1:
             return tensor
         with self._collective():
@@ -116,7 +115,7 @@ class Ranks:
             return broadcast_object_list([value])[0]
 
     def wait(self) -> None:
-        """Return once every rank is here."""
+        """Return once every rank has called this."""
         if self.count > 1:
             with self._collective():
                 self.accelerator.wait_for_everyone()
@@ -125,10 +124,10 @@ class Ranks:
         """Do something on every rank; if it fails on some, fail on all, naming the first.
 
         Raises:
-            OutOfMemory: If the memory of a rank's device is full.
+            OutOfMemory: If the device of a rank is out of memory.
             SharedFault: If it failed at run time on some rank.
             TrpoLMError: If it failed for a mistake of the user.
-            LostRanks: If other ranks did not come, or are gone.
+            LostRanks: If other ranks did not arrive.
         """
         try:
             result = work()
@@ -138,14 +137,14 @@ class Ranks:
             if self.count > 1:
                 self._check_in(failure)
             if isinstance(failure, torch.OutOfMemoryError):
-                raise _told(failure) from failure
+                raise _shared(failure) from failure
             raise
         if self.count > 1:
             self._check_in()
         return result
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Do something on rank 0 and return its result everywhere; its failure is everyone's."""
+        """Do something on rank 0 and return its result on every rank; all fail if it fails."""
         return self.share(self.agree(work if self.main else lambda: None))
 
     def same(self, text: str, where: str) -> str:
@@ -160,33 +159,34 @@ class Ranks:
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
-        """Enter a collective once every rank is well; tell it apart when the others are lost."""
+        """Enter a collective once every rank has reported no failure."""
         self._check_in()
         with self._together():
             yield
 
     @contextmanager
     def _together(self) -> Iterator[None]:
+        """Turn the failure of a collective into `LostRanks`."""
         try:
             yield
         except RuntimeError as error:
             raise LostRanks(
                 f"rank {self.rank} got no answer from the others: {str(error).splitlines()[0]}",
-                where=_under_way(),
-                hint="a rank was killed, or took longer than ddp_timeout for its share",
+                where=f"stage {self._stage.name}",
+                hint="a rank was killed, or needed longer than ddp_timeout",
             ) from error
 
     def _check_in(self, failure: Exception | None = None) -> None:
-        """Meet the other ranks; raise if any of them comes with a failure."""
+        """Exchange failures with the other ranks; raise the first one."""
         with self._together():
             failures = self.accelerator.reduce(
                 torch.tensor(float(failure is not None), device=self.device), "sum"
             )
             if not failures:
                 return
-            told = gather_object([] if failure is None else [(self.rank, _told(failure))])
-        rank, error = told[0]
-        if len(told) < self.count:  # else it happened to all of them
+            faults = gather_object([] if failure is None else [(self.rank, _shared(failure))])
+        rank, error = faults[0]
+        if len(faults) < self.count:  # else it happened on all of them
             rank = f"rank {rank}"
             where = rank if error.where is None else f"{error.where}, {rank}"
             error = type(error)(error.what, where=where, hint=error.hint)
@@ -194,16 +194,16 @@ class Ranks:
 
 
 def _leave() -> None:
-    """Stop the threads of the process group: one that still runs when Python ends aborts it."""
+    """Stop the threads of the process group: one still running when Python exits aborts it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _told(failure: Exception) -> TrpoLMError:
+def _shared(failure: Exception) -> TrpoLMError:
     """Return what all ranks raise when one of them failed."""
     if isinstance(failure, torch.OutOfMemoryError):
         return OutOfMemory(
-            f"the memory of the device is full{_peak()}: {failure}",
+            f"the device is out of memory{_peak()}: {failure}",
             hint="lower micro_batch_size, fisher_completions or max_completion_length",
         )
     if not isinstance(failure, TrpoLMError):
@@ -217,14 +217,3 @@ def _peak() -> str:
     if not torch.accelerator.is_available():
         return ""
     return f" (peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB)"
-
-
-def _under_way() -> str:
-    """Name what this process is doing: the innermost function of each module, outermost first."""
-    found: dict[str, str] = {}
-    for frame in traceback.extract_stack():
-        module = Path(frame.filename)
-        if module.is_relative_to(_HERE) and module.stem != "ranks" and frame.name[0] != "<":
-            found.pop(module.stem, None)
-            found[module.stem] = f"{module.stem}.{frame.name}"
-    return " > ".join(found.values())

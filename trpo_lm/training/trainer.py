@@ -3,78 +3,58 @@
     for each update:   rollout -> measure old and reference -> values -> advantages
                        -> algorithm.update -> fit the critic -> write, show, save
 
-It never asks which algorithm it runs: an `Algorithm` says how rewards become advantages and how
-the policy moves; rollouts, critic, seeds, evaluation, checkpoints and resuming belong here. What
-several processes must agree on is in `ranks`, signals are in `interrupts`, what people see at both
-ends of a run is in `outcome`.
+It never asks which algorithm it runs: an `Algorithm` defines how rewards become advantages and how
+the policy moves. The rest has modules of its own: `assembly` loads the parts, `state` is what an
+update changes, `archive` writes and resumes, `ranks` are the processes, `display` shows a run.
 
-Between two updates the state of a run is the policy's parameters, the critic's and the algorithm's
-state and three counters, nothing else: prompts and random numbers are functions of the seed and of
-the update's number. That is what a checkpoint holds, and what is put back when anything stops an
-update half-way.
+Between two updates the whole state of a run is a `TrainState`. A checkpoint holds one, and when an
+update fails or is interrupted half-way, the last one is restored.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback
 
-from trpo_lm.algorithms.algorithm import Algorithm, packed, unpacked, with_default_lam
+from trpo_lm.algorithms.algorithm import Algorithm, with_default_lam
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
-from trpo_lm.cli import check_output_dir, check_run_name
-from trpo_lm.config import TrainerConfig, describe
+from trpo_lm.config import TrainerConfig
 from trpo_lm.core.advantages import returns
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
-from trpo_lm.lm.critic import make_critic
-from trpo_lm.lm.loading import load_tokenizer, quiet_loading
-from trpo_lm.lm.mdp import TokenMDP, end_token_ids, ignored_sampling
 from trpo_lm.lm.objective import BatchObjective
-from trpo_lm.lm.policy import Policy
-from trpo_lm.lm.prompts import Prompts, check_prompts, load_prompts
-from trpo_lm.lm.rewards import Rewards
-from trpo_lm.lm.rollout import MOST_ROWS, Batch, Rollout
-from trpo_lm.seeds import generator
-from trpo_lm.storage import append_json_line, read_json_lines, truncate_json_lines
-from trpo_lm.training import artifacts as outcome
-from trpo_lm.training import checkpoint as checkpoints
+from trpo_lm.lm.rollout import Batch, Rollout
+from trpo_lm.training import assembly, metrics
+from trpo_lm.training.archive import Archive
+from trpo_lm.training.best import BestPolicy, is_better
 from trpo_lm.training.callbacks import Callbacks
 from trpo_lm.training.console import Console
-from trpo_lm.training.interrupts import Interrupts
-from trpo_lm.training.metrics import (
-    check_old_policy,
-    critic_error,
-    known,
-    metrics_row,
-    no_signal,
-    noise_note,
-    rollout_metrics,
+from trpo_lm.training.display import (
+    Display,
+    banner,
+    before_and_after,
+    samples,
+    sampling_notes,
+    show_outcome,
 )
-from trpo_lm.training.ranks import OutOfMemory, Ranks, SharedFault
-
-METRICS, COMPLETIONS, HELD_OUT = "metrics.jsonl", "completions.jsonl", "held_out.jsonl"
-
-# Settings on which nothing of the arithmetic depends: they may change when a run is resumed.
-FREE = {
-    "output_dir", "run_name", "updates", "logging_steps", "eval_steps", "eval_prompts",
-    "save_steps", "save_total_limit", "resume_from_checkpoint", "allow_config_change",
-    "overwrite_output_dir", "report_to", "reward_timeout", "ddp_timeout", "reference",
-    "reward_models",
-}  # fmt: skip
+from trpo_lm.training.folder import Row, usable_folder
+from trpo_lm.training.interrupts import Interrupts
+from trpo_lm.training.memory import MicroBatch
+from trpo_lm.training.metrics import Evaluation
+from trpo_lm.training.ranks import Ranks, SharedFault
+from trpo_lm.training.stages import Stages
+from trpo_lm.training.state import TrainState, restore, snapshot
 
 
 class Trainer:
-    """Trains a causal LM to please reward functions.
+    """Trains a causal LM to raise the score of its completions.
 
     Args:
         model: Hugging Face name or path, a causal LM, or a PeftModel.
@@ -87,9 +67,11 @@ class Trainer:
         peft_config: Adapter to train; LoRA on all linear layers when None.
         algorithm: Update rule with its settings; `TRPO()` when None.
         prompt_column: Column of the datasets that holds the prompt.
+        display: Where the run shows its progress; a `Console` when None.
+        plots: Whether to draw figures at the end.
 
     Raises:
-        TrpoLMError: For anything that can be found wrong before generating.
+        TrpoLMError: For every mistake that can be found before generating.
     """
 
     def __init__(
@@ -104,139 +86,117 @@ class Trainer:
         peft_config: PeftConfig | None = None,
         algorithm: Algorithm[Any] | None = None,
         prompt_column: str = "prompt",
+        *,
+        display: Display | None = None,
+        plots: bool = True,
     ):
         self.args = args = args or TrainerConfig()
-        self.ranks = Ranks(args.ddp_timeout)
-        self.folder = Path(args.output_dir)
-        self.console = Console(self.ranks.main, args.updates)
-        if args.run_name is not None:
-            check_run_name(args.run_name)
-        self.ranks.on_main(self._check_folder)
-        self.prompts = load_prompts(train_dataset, column=prompt_column)
-        self.eval_prompts = None
-        if eval_dataset is not None:
-            self.eval_prompts = load_prompts(eval_dataset, column=prompt_column)
-        self._check_shares()
-        with quiet_loading():
-            self.rewards = self._make_rewards(reward_funcs)
-            self.policy = self._make_policy(model, peft_config)
-            self.tokenizer = processing_class or load_tokenizer(self.policy.name)
-        self.mdp = TokenMDP(
-            self.tokenizer,
-            self.rewards,
-            eos_token_ids=end_token_ids(self.policy.base, self.tokenizer),
-            max_completion_length=args.max_completion_length,
+        self.stage = Stages()
+        self.ranks = Ranks(args.ddp_timeout, self.stage)
+        self.display: Display = display or Console(self.ranks.main, args.updates)
+        self.plots = plots
+        folder = self.ranks.on_main(lambda: usable_folder(args))
+        data = assembly.load_data(
+            train_dataset, eval_dataset, prompt_column, args, self.ranks.count
         )
-        self.prompts = self._checked(self.prompts)
-        self.eval_prompts = self.eval_prompts and self._checked(self.eval_prompts)
         algorithm = algorithm or TRPO()
-        self.critic = make_critic(
-            args.critic if algorithm.needs_critic else "none",
-            can_score_prefixes=self.rewards.can_score_prefixes,
-            width=self.policy.base.config.get_text_config().hidden_size,
-            length=args.max_completion_length,
+        self.rewards = assembly.make_rewards(reward_funcs, data, args, self.ranks.device)
+        self.parts = parts = assembly.assemble(
+            model,
+            self.rewards,
+            args if algorithm.needs_critic else replace(args, critic="none"),
+            device=self.ranks.device,
+            peft_config=peft_config,
+            tokenizer=processing_class,
         )
+        self.policy, self.tokenizer = parts.policy, parts.tokenizer
+        self.mdp, self.critic = parts.mdp, parts.critic
+        data = assembly.fit_data(data, parts, args, self.display.note)
+        self.prompts, self.eval_prompts = data.train, data.held_out
         self.algorithm = with_default_lam(algorithm, self.critic.default_lam)
         self.algorithm_state = self.algorithm.init_state(self.policy.parameters)
+        settings = assembly.run_settings(
+            parts, self.algorithm, args, self.prompts, self.ranks.count
+        )
+        self.archive = Archive(folder, args, settings, parts, self.ranks, self.stage)
         self.callbacks = Callbacks(
             callbacks, args, self.ranks, model=self.policy.model, tokenizer=self.tokenizer
         )
         self.interrupts = Interrupts(alone=self.ranks.count == 1)
-        self.micro_batch_size = args.micro_batch_size
-        self.update = self.completions = self.tokens = 0
-        self.rows: list[dict[str, Any]] = []
-        self.before: dict[str, Any] | None = None
-        self.after: dict[str, Any] | None = None
-        self.best: dict[str, Any] | None = None
+        self.micro_batch = MicroBatch(args.micro_batch_size, self.ranks, self.display.note)
+        self.updates_done = self.completions = self.tokens = 0
+        self.rows: list[Row] = []
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self.best: BestPolicy | None = None
         self._boundary = self._snapshot()
 
     # ------------------------------------------------------------------ the run
 
-    def train(self) -> list[dict[str, Any]]:
-        """Run all updates, write everything that a run leaves behind, and return the metrics rows.
+    def train(self) -> list[Row]:
+        """Make all updates, write everything that a run leaves, and return the metrics rows.
 
         Raises:
-            TrpoLMError: If the folder or the checkpoint to go on from cannot be used.
+            TrpoLMError: If the folder or the checkpoint to resume from cannot be used.
             RunFault: For a fault at run time; the last accepted policy was saved.
             Interrupted: When a signal stopped the run; the last accepted policy was saved.
         """
         with ExitStack() as stack:
             stack.callback(self.rewards.close)
-            stack.callback(self.console.close)
-            self.ranks.on_main(lambda: self._claim_folder(stack))
+            stack.callback(self.display.close)
+            self.archive.claim(stack)
             stack.enter_context(self.interrupts)
-            if self._begin():
-                self._loop()
-                self._finish()
+            with self.stage("start"):
+                begun = self._begin()
+            if begun:
+                with self.stage("updates"):
+                    self._loop()
+                with self.stage("end"):
+                    self._finish()
         return self.rows
 
-    def _check_folder(self) -> None:
-        resume, overwrite = self.args.resume_from_checkpoint, self.args.overwrite_output_dir
-        check_output_dir(self.folder, resume=resume, overwrite=overwrite)
-
-    def _claim_folder(self, stack: ExitStack) -> None:
-        check_output_dir(self.folder, overwrite=True)  # it can be written to
-        stack.enter_context(checkpoints.OutputLock(self.folder))
-        self._check_folder()
-
     def _begin(self) -> bool:
-        """Take up the run where it stands; False when there is nothing left to do."""
-        if self.args.resume_from_checkpoint:
-            self._resume(self.args.resume_from_checkpoint)
-        done = self.update >= self.args.updates
-        if done and self.ranks.on_main(lambda: outcome.is_finished(self.folder)):
-            self.console.note(
-                f"already complete: {self.update} of {self.args.updates} updates are done"
+        """Start or resume; return False if the run is already complete."""
+        args = self.args
+        if args.resume_from_checkpoint:
+            state, note = self.archive.resume(self.algorithm_state)
+            if state is not None:
+                self._restore(state)
+                self.rows = self.archive.rows(state.update)
+            self.display.note(note)
+        if self.updates_done >= args.updates and self.archive.is_finished():
+            self.display.note(
+                f"already complete: {self.updates_done} of {args.updates} updates are done"
             )
             return False
-        self.best = self.ranks.on_main(self._prepare_files)
-        self.console.banner(
-            outcome.banner(
-                self.policy, self.critic, self.algorithm, self.args, processes=self.ranks.count,
-                prompts=len(self.prompts), rewards=self.rewards.names,
-            )
-        )  # fmt: skip
-        if self.tokenizer.pad_token_id is None:
-            self.console.note("the tokenizer has no pad token: an end token fills the padding")
-        ignored = ignored_sampling(self.policy.base)
-        if ignored:
-            self.console.note(
-                f"sampling is neutral in training; the model's own {ignored} is not used"
-            )
+        self.best = self.archive.prepare(self.updates_done, self.eval_prompts)
         scores = (row.get("objective/score_mean") for row in self.rows)
-        self.console.first_score = next((s for s in scores if s is not None), None)
+        first_score = next((score for score in scores if score is not None), None)
+        settings = self.archive.settings
+        self.display.banner(banner(self.parts, self.algorithm.limits, settings), first_score)
+        for note in sampling_notes(self.parts):
+            self.display.note(note)
         self._boundary = self._snapshot()
         self.callbacks.event("on_train_begin")
         return True
 
-    def _prepare_files(self) -> dict[str, Any] | None:
-        """Leave in the folder what belongs to the run as it stands; return its best policy."""
-        if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
-            checkpoints.discard_checkpoints(self.folder)
-        for name in (METRICS, COMPLETIONS):
-            truncate_json_lines(self.folder / name, self.update)
-        if self.eval_prompts is not None:
-            held_out = self.eval_prompts.take(self._held_out_rows())
-            outcome.save_prompts(self.folder / HELD_OUT, Prompts(*held_out))
-        checkpoints.save_settings(self.folder / "config.yaml", self._config())
-        return checkpoints.recover_best(self.folder, self.update)
-
     def _loop(self) -> None:
-        """Make the updates that are left; whatever ends them early, update's halves are undone."""
+        """Make the remaining updates; if one fails, roll back to the last completed one."""
         try:
-            if self.eval_prompts and self.update < self.args.updates:
+            if self.eval_prompts and self.updates_done < self.args.updates:
                 self.before = self.evaluate(reference=True)
-            while self.update < self.args.updates and not self._stops():
+            while self.updates_done < self.args.updates and not self._stops():
                 self.callbacks.event("on_step_begin")
-                row, rollout = self._with_memory(
+                row, rollout = self.micro_batch.halved_if_full(
                     self.train_step, lambda: self._restore(self._boundary)
                 )
                 self.callbacks.step_end()
                 if self.eval_prompts and (self._stops() or self._flags.should_evaluate):
                     self._evaluate_update(row)
                 with self.interrupts.held():
-                    self._keep_best(row)
-                    self._record(row, rollout)
+                    with self.stage("record"):
+                        self._keep_best(row)
+                        self._record(row, rollout)
                     self._boundary = self._snapshot()
                     if self._stops() or self._flags.should_save:
                         self._save_checkpoint()
@@ -257,99 +217,65 @@ class Trainer:
 
     def _stops(self) -> bool:
         """Whether the update just made is the last one."""
-        return self.update >= self.args.updates or self._flags.should_training_stop
+        return self.updates_done >= self.args.updates or self._flags.should_training_stop
 
-    def train_step(self) -> tuple[dict[str, Any], Rollout]:
+    def train_step(self) -> tuple[Row, Rollout]:
         """Make one update: rollout, measure, values, advantages, update, critic."""
-        clock = [time.perf_counter()]
-        update = self.update + 1
-        rollout, prefix_scores, prefix_seconds = self._rollout(update)
-        clock.append(time.perf_counter())
-        batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch_size)
-        row = {"update": update, **self._objective(batch)}
-        if update == 1:
-            check_old_policy(self.policy, batch, self.ranks)
-        clock.append(time.perf_counter())
-        algorithm, mask, valid = self.algorithm, rollout.action_mask, rollout.scores.valid
-        rewards = algorithm.rewards(batch, self.algorithm_state)
-        targets = returns(rewards, mask, gamma=algorithm.gamma)
-        baseline = self.ranks.mean(targets[:, 0][valid])[0]
-        hidden = batch.hidden.cpu()
-        values = self.critic.values(hidden, prefix_scores, mask, untrained=baseline)
-        if self.critic.name != "none":
-            row |= critic_error(rollout, values, targets, self.ranks)
-        skipped = no_signal(rollout, self.ranks)
-        clock.append(time.perf_counter())
-        if skipped is None:
-            reduce, seed = self.ranks.reduce, (self.args.seed, "update", update, self.ranks.rank)
-            advantages = algorithm.advantages(rollout, rewards, values, reduce)
-            objective = BatchObjective(self.policy, batch, advantages, reduce, seed)
-            self.algorithm_state, done = algorithm.update(objective, self.algorithm_state)
-            row |= done
-        clock.append(time.perf_counter())
-        self.critic.fit(hidden, prefix_scores, mask, targets, valid, self.ranks.reduce)
-        checksum = self.ranks.same(self.policy.parameters.checksum(), f"update {update}")
-        clock.append(time.perf_counter())
-        self.update = self.callbacks.state.global_step = update
+        update, algorithm, stage = self.updates_done + 1, self.algorithm, self.stage
+        with stage("rollout"):
+            rollout = self._rollout(update)
+        with stage("score"):
+            prefix_scores = self.mdp.prefix_scores(rollout) if self.critic.reads_prefixes else None
+        with stage("measure"):
+            batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch.size)
+            row = {"update": update, **self._count(batch)}
+            if update == 1:
+                metrics.check_old_policy(self.policy, batch, self.ranks)
+        with stage("values"):
+            mask, valid = rollout.action_mask, rollout.scores.valid
+            rewards = algorithm.rewards(batch, self.algorithm_state)
+            targets = returns(rewards, mask, gamma=algorithm.gamma)
+            baseline = self.ranks.mean(targets[:, 0][valid])[0]
+            hidden = batch.hidden.cpu()
+            values = self.critic.values(hidden, prefix_scores, mask, untrained=baseline)
+            if self.critic.name != "none":
+                row |= metrics.critic_error(rollout, values, targets, self.ranks)
+            skipped = metrics.no_signal(rollout, self.ranks)
+        with stage("update"):
+            if skipped is None:
+                reduce = self.ranks.reduce
+                advantages = algorithm.advantages(rollout, rewards, values, reduce)
+                seed = (self.args.seed, "update", update, self.ranks.rank)
+                objective = BatchObjective(self.policy, batch, advantages, reduce, seed)
+                self.algorithm_state, moved = algorithm.update(objective, self.algorithm_state)
+                row |= moved
+        with stage("critic"):
+            self.critic.fit(hidden, prefix_scores, mask, targets, valid, self.ranks.reduce)
+            checksum = self.ranks.same(self.policy.parameters.checksum(), f"update {update}")
+        self.updates_done = self.callbacks.state.global_step = update
         row |= {"skipped": skipped, "policy/checksum": checksum}
-        row |= _seconds(clock, scoring=rollout.score_seconds + prefix_seconds)
+        row |= metrics.times(stage.seconds, scoring=rollout.score_seconds)
         if row.get("trust_region/kl") is not None:
             row["trust_region/kl_per_token"] = (
                 row["trust_region/kl"] / row["objective/completion_length"]
             )
-        return metrics_row(row), rollout
+        return metrics.metrics_row(row), rollout
 
-    def evaluate(self, *, reference: bool = False) -> dict[str, Any]:
-        """Sample held-out prompts with fixed seeds.
-
-        Args:
-            reference: Evaluate the model as it was before training.
-
-        Returns:
-            `score` and `std` over all ranks (nan if every reward abstained), `ref_kl` (exact, nats
-            per completion), and this rank's `rollout`.
-        """
+    def evaluate(self, *, reference: bool = False) -> Evaluation:
+        """Sample held-out prompts with fixed seeds, from the policy or from the reference."""
         if self.eval_prompts is None:
-            raise TrpoLMError("there is nothing to evaluate on", where="eval_dataset")
-        rows = self._held_out_rows()[self.ranks.rank :: self.ranks.count]
-        held_out = self.eval_prompts.take(rows)
-        return self._with_memory(lambda: self._evaluate(*held_out, reference), lambda: None)
+            raise TrpoLMError("there are no held-out prompts", where="eval_dataset")
+        own = range(self.ranks.rank, len(self.eval_prompts), self.ranks.count)
+        held_out = self.eval_prompts.take(own)
+        return self.micro_batch.halved_if_full(lambda: self._evaluate(*held_out, reference))
 
     # ------------------------------------------------------------------ parts of an update
 
-    def _evaluate(self, prompts: list, columns: dict, reference: bool) -> dict[str, Any]:
-        seed = (self.args.seed, "evaluate", self.ranks.rank)
-        with self.policy.reference() if reference else nullcontext():
-            rollout = self.mdp.rollout(self.policy, prompts, columns=columns, seed=seed)
-            batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch_size)
-        score, std = self.ranks.mean(rollout.scores.score[rollout.scores.valid])
-        ref_kl = self.ranks.reduce(batch.ref_kl.double().sum().cpu())
-        total = self.ranks.reduce(torch.tensor(float(len(rollout)), dtype=torch.float64))
-        return {"score": score, "std": std, "ref_kl": float(ref_kl / total), "rollout": rollout}
-
-    def _with_memory(self, work: Callable[[], Any], undo: Callable[[], None]) -> Any:
-        """Do something on all ranks; where memory runs out, once more with half the micro-batch.
-
-        Micro-batches are summed, so that their size changes no result but by the order of sums.
-        """
-        try:
-            return self.ranks.agree(work)
-        except OutOfMemory:
-            size = self.micro_batch_size or MOST_ROWS
-            if size == 1:
-                raise
-        undo()  # the exception is gone by now, and with it the tensors that its frames held
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        self.micro_batch_size = size // 2
-        self.console.note(f"out of memory: micro_batch_size is {self.micro_batch_size} now")
-        return self.ranks.agree(work)
-
-    def _rollout(self, update: int) -> tuple[Rollout, Tensor | None, float]:
-        """Return completions, the scores of their prefixes, and the seconds these took."""
-        rows = self._rows(update)[self.ranks.rank :: self.ranks.count]
-        prompts, columns = self.prompts.take(rows)
-        rollout = self.mdp.rollout(
+    def _rollout(self, update: int) -> Rollout:
+        """Sample and score this rank's prompts of an update."""
+        rows = assembly.prompts_of_update(update, self.args, len(self.prompts))
+        prompts, columns = self.prompts.take(rows[self.ranks.rank :: self.ranks.count])
+        return self.mdp.rollout(
             self.policy,
             prompts,
             completions_per_prompt=self.args.completions_per_prompt,
@@ -357,123 +283,84 @@ class Trainer:
             seed=(self.args.seed, update, self.ranks.rank),
             trainer_state=self.callbacks.state,
         )
-        start = time.perf_counter()
-        scores = None
-        if "prefix" in self.critic.name:
-            scores = self.mdp.prefix_scores(rollout)
-        return rollout, scores, time.perf_counter() - start
 
-    def _rows(self, update: int) -> list[int]:
-        """Return the prompts of an update: a fresh shuffle each epoch, a function of the seed."""
-        count, n = self.args.prompts_per_update, len(self.prompts)
-        places = range((update - 1) * count, update * count)
-        shuffles = {
-            epoch: torch.randperm(n, generator=generator(self.args.seed, "prompts", epoch)).tolist()
-            for epoch in {place // n for place in places}
-        }
-        return [shuffles[place // n][place % n] for place in places]
-
-    def _objective(self, batch: Batch) -> dict[str, Any]:
-        """Return what was sampled, and count it."""
-        numbers, completions, tokens = rollout_metrics(batch, self.ranks)
+    def _count(self, batch: Batch) -> Row:
+        """Count what was sampled; return its metrics."""
+        numbers, completions, tokens = metrics.rollout_metrics(batch, self.ranks)
         self.completions, self.tokens = self.completions + completions, self.tokens + tokens
         return {"completions": self.completions, "tokens": self.tokens, **numbers}
 
-    def _evaluate_update(self, row: dict[str, Any]) -> None:
+    def _evaluate(self, prompts: list, columns: dict, reference: bool) -> Evaluation:
+        seed = (self.args.seed, "evaluate", self.ranks.rank)
+        with self.stage("evaluate"), self.policy.reference() if reference else nullcontext():
+            rollout = self.mdp.rollout(self.policy, prompts, columns=columns, seed=seed)
+            batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch.size)
+            return metrics.evaluation(batch, self.ranks)
+
+    def _evaluate_update(self, row: Row) -> None:
         self.after = self.evaluate()
         numbers = {
-            "eval_score_mean": known(self.after["score"]),
-            "eval_ref_kl": self.after["ref_kl"],
+            "eval_score_mean": metrics.none_if_nan(self.after.score),
+            "eval_ref_kl": self.after.ref_kl,
         }
         row |= {f"objective/{name}": value for name, value in numbers.items()}
         self._flags.should_log = True
         self.callbacks.event("on_evaluate", metrics=numbers)
         self.callbacks.agree()
 
-    def _held_out_rows(self) -> range:
-        """Return the held-out prompts of an evaluation: the first ones, always the same."""
-        assert self.eval_prompts is not None
-        return range(min(len(self.eval_prompts), self.args.eval_prompts))
-
-    def _keep_best(self, row: dict[str, Any]) -> None:
-        """Keep the policy in best/ if no evaluated one within the budget has a higher score."""
-        facts = {
-            "update": self.update,
-            "score": row["objective/eval_score_mean"],
-            "ref_kl": row["objective/eval_ref_kl"],
-            "max_ref_kl": describe(self.algorithm).get("max_ref_kl"),
-        }
-        if self.args.eval_steps and outcome.is_better(facts, self.best):
-            self.ranks.on_main(
-                lambda: checkpoints.save_best(
-                    self.folder,
-                    facts,
-                    lambda folder: outcome.save_policy(folder, self.policy, self.critic),
-                )
-            )
-            self.best = facts
-
-    def _record(self, row: dict[str, Any], rollout: Rollout) -> None:
-        """Write and show an update; callbacks hear of it."""
-        lines = self.ranks.gather(outcome.completion_lines(rollout, self.update))
-        self.ranks.on_main(lambda: self._append(row, lines))
-        self.rows.append(row)
-        reached = [r for r in self.rows if r.get("trust_region/case") in ("ref", "both", "recover")]
-        if reached == [row]:
-            self.console.note("reference KL budget reached: it shortens steps from here on")
-        noisy = noise_note(
-            self.rows, self.args.prompts_per_update * self.args.completions_per_prompt
+    def _keep_best(self, row: Row) -> None:
+        """Save the policy if it is the best evaluated one within the budget."""
+        policy = BestPolicy(
+            self.updates_done,
+            row["objective/eval_score_mean"],
+            row["objective/eval_ref_kl"],
+            self.algorithm.limits.max_ref_kl,
         )
-        if noisy is not None:
-            self.console.note(noisy)
+        if self.args.eval_steps and is_better(policy, self.best):
+            self.archive.save_best(policy)
+            self.best = policy
+
+    def _record(self, row: Row, rollout: Rollout) -> None:
+        """Log and show an update, and pass it to the callbacks."""
+        self.archive.log(row, rollout)
+        self.rows.append(row)
+        size = self.args.prompts_per_update * self.args.completions_per_prompt
+        for note in metrics.notes(self.rows, size):
+            self.display.note(note)
         if self._stops() or self._flags.should_log:
-            limits = {k: describe(self.algorithm).get(k) for k in ("max_kl", "max_ref_kl")}
-            self.console.update(row, limits)
+            self.display.update(row, self.algorithm.limits)
             self.callbacks.log(row)
         if not self._stops():
             self.ranks.on_main(lambda: self._show_samples(rollout))
 
     def _show_samples(self, rollout: Rollout) -> None:
-        """Show some of the update's completions beside the reference's, now and then."""
-        if self.console.samples_due(self.update):
-            seed = (self.args.seed, "samples", self.update)
-            rows = outcome.samples(self.policy, self.mdp, rollout, seed=seed)
-            self.console.samples(rows, f"samples of update {self.update}")
+        update = self.updates_done
+        if self.display.samples_due(update):
+            rows = samples(self.policy, self.mdp, rollout, seed=(self.args.seed, "samples", update))
+            self.display.samples(rows, f"samples of update {update}")
 
-    def _append(self, row: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-        for line in lines:
-            append_json_line(self.folder / COMPLETIONS, line)
-        append_json_line(self.folder / METRICS, row)
+    # ------------------------------------------------------------------ stopping and resuming
 
-    # ------------------------------------------------------------------ stopping and going on
+    def _snapshot(self) -> TrainState:
+        counts = self.updates_done, self.completions, self.tokens
+        return snapshot(self.policy, self.critic, self.algorithm_state, *counts)
 
-    def _snapshot(self) -> dict[str, Any]:
-        """Remember the state between two updates: what a checkpoint holds."""
-        return {
-            "theta": self.policy.parameters.snapshot(),
-            "critic": {k: v.clone() for k, v in self.critic.state().items()},
-            "algorithm": self.algorithm_state,
-            "counts": (self.update, self.completions, self.tokens),
-        }
-
-    def _restore(self, boundary: dict[str, Any]) -> None:
-        """Be where `_snapshot` was taken, bit for bit."""
-        self.policy.parameters.restore(boundary["theta"])
-        self.critic.load(boundary["critic"])
-        self.algorithm_state = boundary["algorithm"]
-        self.update, self.completions, self.tokens = boundary["counts"]
-        self.callbacks.state.global_step = self.update
-        self.rows = [row for row in self.rows if row["update"] <= self.update]
+    def _restore(self, state: TrainState) -> None:
+        """Restore a snapshot exactly."""
+        self.algorithm_state = restore(state, self.policy, self.critic)
+        self.updates_done = self.callbacks.state.global_step = state.update
+        self.completions, self.tokens = state.completions, state.tokens
+        self.rows = [row for row in self.rows if row["update"] <= state.update]
 
     def _keep(self, stop: BaseException) -> str:
-        """Save the last accepted policy where all ranks can do so together; say how to go on."""
+        """Save the last accepted policy where all ranks still act together; say how to resume."""
         if self.ranks.count > 1 and not isinstance(stop, Interrupted | SharedFault):
-            return "go on from the newest checkpoint with --resume_from_checkpoint auto"
+            return "resume from the newest checkpoint with --resume_from_checkpoint auto"
         try:
             folder = self._save_checkpoint()
         except RunFault as fault:
             return f"the last policy could not be saved ({fault.what})"
-        return f"saved {folder.name}; go on with --resume_from_checkpoint auto"
+        return f"saved {folder.name}; resume with --resume_from_checkpoint auto"
 
     def _stop_if_asked(self) -> None:
         """With several processes, stop between updates once any of them got a signal."""
@@ -481,189 +368,25 @@ class Trainer:
         if asked:
             self.interrupts.stop(asked)
 
-    def _config(self) -> dict[str, Any]:
-        """Return everything that decides what the run computes, as plain values."""
-        adapter = self.policy.model.peft_config[str(self.policy.model.active_adapter)]
-        targets = adapter.target_modules  # type: ignore[union-attr]
-        return {
-            "model": self.policy.name,
-            "adapter": {
-                **{k: getattr(adapter, k, None) for k in ("r", "lora_alpha", "lora_dropout")},
-                "target_modules": targets if isinstance(targets, str) else sorted(targets or []),
-            },
-            "algorithm": type(self.algorithm).__name__,
-            "reward_funcs": self.rewards.names,
-            "prompts": len(self.prompts),
-            "dataset": self.prompts.fingerprint(),
-            "world_size": self.ranks.count,
-            "reference": "adapter" if self.policy.came_with_adapter else "base model",
-            "reward_models": outcome.reward_sources(self.rewards),
-            **describe(self.args),
-            **describe(self.algorithm),
-        }
-
     def _save_checkpoint(self) -> Path:
-        state, tensors = unpacked(self.algorithm_state)
-        files = {outcome.CRITIC: self.critic.state(), "algorithm": tensors}
-        folder = checkpoints.save_checkpoint(
-            self.folder,
-            self.update,
-            tensors={name: held for name, held in files.items() if held and self.ranks.main},
-            state={
-                "completions": self.completions,
-                "tokens": self.tokens,
-                "checksum": self.policy.parameters.checksum(),
-                "critic": self.critic.name,
-                "algorithm": state,
-            },
-            config=self._config(),
-            extra=self.policy.save,
-            rank=self.ranks.rank,
-            world_size=self.ranks.count,
-            barrier=self.ranks.wait,
-            share=self.ranks.share,
-            keep=self.args.save_total_limit,
-        )
+        with self.stage("checkpoint"):
+            folder = self.archive.save(self._boundary)
         self.callbacks.event("on_save")
         return folder
 
-    def _resume(self, where: str) -> None:
-        """Load a checkpoint; 'auto' takes the newest complete one, or starts fresh and says so."""
-        path = where
-        if where == "auto":
-            found = self.ranks.on_main(lambda: checkpoints.newest_checkpoint(self.folder))
-            if found is None:
-                self.console.note(f"no checkpoint in {self.folder}: starting from the beginning")
-                return
-            path = found
-        saved = self.ranks.agree(lambda: checkpoints.load_checkpoint(Path(path)))
-        allowed = {k.strip() for k in (self.args.allow_config_change or "").split(",") if k.strip()}
-        then = {k: v for k, v in saved.config.items() if k not in FREE}
-        now = {k: v for k, v in self._config().items() if k not in FREE}
-        checkpoints.compare_config(then, now, allowed)
-        self._load(saved)
-        self.rows = self.ranks.on_main(self._read_rows)
-        note = f"going on from {saved.path.name}"
-        if allowed:
-            note += ", settings allowed to differ: not bit-exact with the run that was stopped"
-        self.console.note(note)
-
-    def _load(self, saved: checkpoints.Checkpoint) -> None:
-        """Take over the state of a checkpoint."""
-        state, tensors, name = saved.state, saved.tensors, str(self.policy.model.active_adapter)
-        stem = "adapter_model" if name == "default" else f"{name}/adapter_model"
-        self.policy.load(tensors.get(stem, {}), where=str(saved.path))
-        if self.policy.parameters.checksum() != state["checksum"]:
-            raise TrpoLMError("the adapter did not load as it was saved", where=str(saved.path))
-        if state["critic"] == self.critic.name:
-            self.critic.load(tensors.get(outcome.CRITIC, {}))
-        names = {*state["algorithm"], *tensors.get("algorithm", {})}
-        if names == {f.name for f in fields(self.algorithm_state)}:
-            self.algorithm_state = packed(
-                self.algorithm_state, state["algorithm"], tensors.get("algorithm", {})
-            )
-        self.update = self.callbacks.state.global_step = saved.update
-        self.completions, self.tokens = state["completions"], state["tokens"]
-
-    def _read_rows(self) -> list[dict[str, Any]]:
-        path = self.folder / METRICS
-        rows = read_json_lines(path) if path.exists() else []
-        return [row for row in rows if row["update"] <= self.update]
-
-    # ------------------------------------------------------------------ what a run leaves behind
-
     def _finish(self) -> None:
-        """Draw the pictures, save the adapter and all that goes with it, show what changed."""
+        """Write the results, and show what changed."""
         self.callbacks.event("on_train_end")
-        self.ranks.on_main(self._leave)
+        self.archive.finish(before_and_after(self.before, self.after), plots=self.plots)
         if self.ranks.main:
-            outcome.show_outcome(
-                self.console, self.folder, self.rows, self.before, self.after, self.best
+            show_outcome(
+                self.display, self.archive.folder, self.rows, self.before, self.after, self.best
             )
-
-    def _leave(self) -> None:
-        try:
-            outcome.draw(self.folder)
-            self.save_model()
-        except OSError as error:
-            raise RunFault(
-                f"could not write the results: {error.strerror or error}",
-                where=str(error.filename or self.folder),
-                hint="the run is complete: --resume_from_checkpoint auto writes them again",
-            ) from error
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write adapter, critic, tokenizer, settings and model card; vanilla peft loads them."""
-        if self.ranks.main:
-            outcome.save_outcome(
-                Path(output_dir or self.folder),
-                self.folder,
-                policy=self.policy,
-                critic=self.critic,
-                tokenizer=self.tokenizer,
-                settings=self._config(),
-                samples=outcome.before_and_after(self.before, self.after),
-            )
-
-    # ------------------------------------------------------------------ parts of the start
-
-    def _check_shares(self) -> None:
-        """Every process needs a prompt of its own."""
-        shares = {"prompts_per_update": self.args.prompts_per_update}
-        if self.eval_prompts is not None:
-            shares["eval_prompts"] = min(len(self.eval_prompts), self.args.eval_prompts)
-        for name, prompts in shares.items():
-            if prompts < self.ranks.count:
-                raise TrpoLMError(
-                    f"{prompts} prompts cannot be shared by {self.ranks.count} processes",
-                    where=name,
-                )
-
-    def _make_rewards(self, reward_funcs: Any) -> Rewards:
-        rewards = Rewards(
-            reward_funcs,
-            self.args.reward_weights,
-            on_bad_reward=self.args.on_bad_reward,
-            timeout=self.args.reward_timeout,
-            reward_model_options={
-                "prefix_stride": self.args.prefix_stride,
-                "allow_untrained_head": self.args.allow_untrained_reward_head,
-                "device": self.ranks.device,
-            },
-        )
-        rewards.check_columns(self.prompts.columns)
-        if self.eval_prompts is not None:
-            rewards.check_columns(self.eval_prompts.columns)
-        return rewards
-
-    def _make_policy(self, model: Any, peft_config: PeftConfig | None) -> Policy:
-        return Policy(
-            model,
-            peft_config,
-            temperature=self.args.temperature,
-            bf16=self.args.bf16,
-            gradient_checkpointing=self.args.gradient_checkpointing,
-            seed=self.args.seed,
-            device=self.ranks.device,
-        )
-
-    def _checked(self, prompts: Prompts) -> Prompts:
-        """Return the prompts once all of them can be encoded and fit into the model's context."""
-        room = self.policy.context_length
-        if room is not None:
-            room -= self.args.max_completion_length
-            if room < 1:
-                raise TrpoLMError(
-                    f"{self.args.max_completion_length} tokens leave no room for a prompt in a "
-                    f"context of {self.policy.context_length}",
-                    where="max_completion_length",
-                )
-        checked, shortened = check_prompts(
-            prompts, self.tokenizer, room=room, truncate=self.args.truncate_prompts
-        )
-        if shortened:
-            self.console.note(f"{shortened} prompts lost their beginning to fit {room} tokens")
-        return checked
+        folder = Path(output_dir or self.args.output_dir)
+        self.archive.save_model(folder, before_and_after(self.before, self.after))
 
 
 def TRPOTrainer(*args: Any, settings: dict[str, Any] | None = None, **kwargs: Any) -> Trainer:
@@ -674,15 +397,3 @@ def TRPOTrainer(*args: Any, settings: dict[str, Any] | None = None, **kwargs: An
 def PPOTrainer(*args: Any, settings: dict[str, Any] | None = None, **kwargs: Any) -> Trainer:
     """Return `Trainer(..., algorithm=PPO(**settings))`, under the name people look for."""
     return Trainer(*args, algorithm=PPO(**(settings or {})), **kwargs)
-
-
-def _seconds(clock: Sequence[float], *, scoring: float) -> dict[str, float]:
-    """Name the times between start, sampled, measured, valued, moved and end of an update."""
-    start, sampled, measured, valued, moved, end = clock
-    return {
-        "time/rollout": sampled - start - scoring,
-        "time/score": scoring,
-        "time/update": (measured - sampled) + (moved - valued),
-        "time/value": (valued - measured) + (end - moved),
-        "time/total": end - start,
-    }

@@ -1,0 +1,67 @@
+"""transformers' callbacks: what they are told, and what they may ask for."""
+
+import runs
+from runs import checkpoints, trainer
+from transformers import TrainerCallback
+
+
+class Listener(TrainerCallback):
+    def __init__(self, **asks):
+        self.heard, self.asks = [], asks
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def hear(args, state, control, **kwargs):
+            self.heard.append((name, state.global_step))
+            if name == "on_log":
+                assert kwargs["logs"]["objective/score_mean"] is not None
+            if name == "on_evaluate":
+                assert set(kwargs["metrics"]) == {"eval_score_mean", "eval_ref_kl"}
+            for flag, (event, step) in self.asks.items():
+                if (event, step) == (name, state.global_step):
+                    setattr(control, flag, True)
+            return control
+
+        return hear
+
+
+def test_callbacks_hear_what_transformers_would_tell_them(tmp_path):
+    listener = Listener()
+    trainer(
+        tmp_path, updates=2, evals=runs.HELD_OUT, eval_steps=2, save_steps=1, logging_steps=2,
+        callbacks=[listener],
+    ).train()  # fmt: skip
+    assert listener.heard == [
+        ("on_train_begin", 0),
+        ("on_step_begin", 0), ("on_step_end", 1), ("on_save", 1),
+        ("on_step_begin", 1), ("on_step_end", 2), ("on_evaluate", 2), ("on_log", 2), ("on_save", 2),
+        ("on_train_end", 2),
+    ]  # fmt: skip
+
+
+def test_what_callbacks_ask_for_is_done(tmp_path):
+    listener = Listener(
+        should_save=("on_step_end", 1),
+        should_evaluate=("on_step_end", 2),
+        should_training_stop=("on_evaluate", 2),
+    )
+    made = trainer(
+        tmp_path, updates=5, save_steps=0, logging_steps=5, evals=runs.HELD_OUT,
+        callbacks=[listener],
+    )  # fmt: skip
+    rows = made.train()
+    assert len(rows) == 2 and rows[1]["objective/eval_score_mean"] is not None
+    assert checkpoints(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
+    assert (tmp_path / "README.md").is_file()
+    assert ("on_log", 2) in listener.heard and ("on_log", 1) not in listener.heard
+    trainer(tmp_path, updates=3, evals=runs.HELD_OUT, resume_from_checkpoint="auto").train()
+    assert len(runs.rows(tmp_path)) == 3
+
+
+def test_stopping_by_callback_evaluates_and_saves(tmp_path):
+    listener = Listener(should_training_stop=("on_step_end", 1))
+    made = trainer(tmp_path, updates=5, save_steps=0, evals=runs.HELD_OUT, callbacks=[listener])
+    made.train()
+    assert made.after is not None and checkpoints(tmp_path) == ["checkpoint-000001"]

@@ -1,0 +1,230 @@
+"""The parts of a run, put together in one place: for training, reopening and comparing.
+
+`Trainer`, `analysis.saved_run.open_run` and TRL's arm of a comparison all call `assemble`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from trpo_lm.config import TrainerConfig, describe
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.critic import Critic, make_critic
+from trpo_lm.lm.loading import load_tokenizer, quiet_loading
+from trpo_lm.lm.mdp import TokenMDP, end_token_ids
+from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.prompts import Prompts, check_prompts, load_prompts
+from trpo_lm.lm.reward_models import RewardModel
+from trpo_lm.lm.rewards import Rewards
+from trpo_lm.seeds import generator
+from trpo_lm.training.folder import Settings
+
+
+@dataclass(frozen=True)
+class Data:
+    """The prompts of a run; the held-out ones are those of every evaluation."""
+
+    train: Prompts
+    held_out: Prompts | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A policy with everything that its completions need: to be sampled, scored and valued."""
+
+    policy: Policy
+    tokenizer: Any
+    rewards: Rewards
+    mdp: TokenMDP
+    critic: Critic
+
+
+def assemble(
+    model: str | PreTrainedModel | PeftModel,
+    rewards: Rewards,
+    args: TrainerConfig,
+    *,
+    device: torch.device,
+    peft_config: PeftConfig | None = None,
+    tokenizer: Any = None,
+) -> Parts:
+    """Load a model and build a run's parts around it.
+
+    Args:
+        model: Hugging Face name or path, a causal LM, or a PeftModel.
+        rewards: From `make_rewards`.
+        args: Settings of the run.
+        device: Where to put the model.
+        peft_config: Adapter to train; LoRA on all linear layers when None.
+        tokenizer: The model's own when None.
+
+    Raises:
+        TrpoLMError: If the model or its tokenizer cannot be used.
+    """
+    with quiet_loading():
+        policy = Policy(
+            model,
+            peft_config,
+            temperature=args.temperature,
+            bf16=args.bf16,
+            gradient_checkpointing=args.gradient_checkpointing,
+            seed=args.seed,
+            device=device,
+        )
+        tokenizer = tokenizer or load_tokenizer(policy.name)
+    mdp = TokenMDP(
+        tokenizer,
+        rewards,
+        eos_token_ids=end_token_ids(policy.base, tokenizer),
+        max_completion_length=args.max_completion_length,
+    )
+    critic = make_critic(
+        args.critic,
+        can_score_prefixes=rewards.can_score_prefixes,
+        width=policy.base.config.get_text_config().hidden_size,
+        length=args.max_completion_length,
+    )
+    return Parts(policy, tokenizer, rewards, mdp, critic)
+
+
+def make_rewards(
+    reward_funcs: Any, data: Data | None, args: TrainerConfig, device: torch.device
+) -> Rewards:
+    """Make one reward of several functions and reward models; see `rewards.Rewards`.
+
+    Raises:
+        TrpoLMError: If one cannot be used, or asks for a column that the data lacks.
+    """
+    with quiet_loading():
+        rewards = Rewards(
+            reward_funcs,
+            args.reward_weights,
+            on_bad_reward=args.on_bad_reward,
+            timeout=args.reward_timeout,
+            reward_model_options={
+                "prefix_stride": args.prefix_stride,
+                "allow_untrained_head": args.allow_untrained_reward_head,
+                "device": device,
+            },
+        )
+    if data is not None:
+        rewards.check_columns(data.train.columns)
+        if data.held_out is not None:
+            rewards.check_columns(data.held_out.columns)
+    return rewards
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def load_data(train: Any, held_out: Any, column: str, args: TrainerConfig, processes: int) -> Data:
+    """Load the prompts of a run; see `prompts.load_prompts`.
+
+    Raises:
+        TrpoLMError: If a dataset cannot be used, or a process would get no prompt.
+    """
+    prompts = load_prompts(train, column=column)
+    shares = {"prompts_per_update": args.prompts_per_update}
+    evaluated = None
+    if held_out is not None:
+        evaluated = load_prompts(held_out, column=column)
+        shares["eval_prompts"] = min(len(evaluated), args.eval_prompts)
+    for setting, count in shares.items():
+        if count < processes:
+            raise TrpoLMError(
+                f"{count} prompts cannot be shared by {processes} processes", where=setting
+            )
+    return Data(prompts, evaluated)
+
+
+def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str], None]) -> Data:
+    """Return prompts that all fit into the model's context, and of the held-out ones the first.
+
+    Args:
+        data: From `load_data`.
+        parts: Whose tokenizer and context they must fit.
+        args: How long a completion is, whether to truncate prompts, how many to evaluate on.
+        note: Told how many were truncated.
+
+    Raises:
+        TrpoLMError: Names a prompt that cannot be encoded, or does not fit and may not be cut.
+    """
+    context = parts.policy.context_length
+    room = None if context is None else context - args.max_completion_length
+    if room is not None and room < 1:
+        raise TrpoLMError(
+            f"{args.max_completion_length} tokens leave no room for a prompt in a context of "
+            f"{context}",
+            where="max_completion_length",
+        )
+
+    def fit(prompts: Prompts) -> Prompts:
+        fitting, truncated = check_prompts(
+            prompts, parts.tokenizer, room=room, truncate=args.truncate_prompts
+        )
+        if truncated:
+            note(f"{truncated} prompts were truncated on the left to fit {room} tokens")
+        return fitting
+
+    train, held_out = fit(data.train), data.held_out and fit(data.held_out)
+    if held_out is not None:
+        first = range(min(len(held_out), args.eval_prompts))
+        held_out = Prompts(*held_out.take(first))
+    return Data(train, held_out)
+
+
+def prompts_of_update(update: int, args: TrainerConfig, count: int) -> list[int]:
+    """Return which of `count` prompts an update samples: a new shuffle each epoch, by the seed."""
+    n = args.prompts_per_update
+    places = range((update - 1) * n, update * n)
+    shuffles = {
+        epoch: torch.randperm(count, generator=generator(args.seed, "prompts", epoch)).tolist()
+        for epoch in {place // count for place in places}
+    }
+    return [shuffles[place // count][place % count] for place in places]
+
+
+# ---------------------------------------------------------------- settings
+
+
+def run_settings(
+    parts: Parts, algorithm: Any, args: TrainerConfig, prompts: Prompts, processes: int
+) -> Settings:
+    """Return everything that decides what a run computes, as plain values."""
+    policy, rewards = parts.policy, parts.rewards
+    return {
+        "model": policy.name,
+        "adapter": _adapter_settings(policy),
+        "algorithm": type(algorithm).__name__,
+        "reward_funcs": rewards.names,
+        "prompts": len(prompts),
+        "dataset": prompts.fingerprint(),
+        "world_size": processes,
+        "reference": "adapter" if policy.came_with_adapter else "base model",
+        "reward_models": [_source(function) for function in rewards.functions],
+        **describe(args),
+        **describe(algorithm),
+    }
+
+
+def _adapter_settings(policy: Policy) -> dict[str, Any]:
+    """Return the settings of the trained adapter on which its parameters depend."""
+    adapter: Any = policy.model.peft_config[str(policy.model.active_adapter)]
+    targets = adapter.target_modules
+    return {
+        **{name: getattr(adapter, name, None) for name in ("r", "lora_alpha", "lora_dropout")},
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or []),
+    }
+
+
+def _source(function: Any) -> dict[str, Any] | None:
+    """Return name and rewarded output of a reward model; None for a function."""
+    if not isinstance(function, RewardModel):
+        return None
+    return {"model": function.model.name_or_path, "label": function.label}

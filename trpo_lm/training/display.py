@@ -1,0 +1,179 @@
+"""What a run shows: the start-up banner, samples on the way, and the tables at the end.
+
+A `Display` is anything that can show them; `console.Console` is the one of a single run.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from trpo_lm.config import Limits
+from trpo_lm.lm.mdp import TokenMDP, ignored_sampling
+from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.rewards import Rewards, abstain
+from trpo_lm.lm.rollout import Rollout
+from trpo_lm.report.model_card import summary
+from trpo_lm.training.assembly import Parts
+from trpo_lm.training.best import BestPolicy
+from trpo_lm.training.folder import Row, RunFolder, Settings
+from trpo_lm.training.metrics import Evaluation
+
+
+class Display(Protocol):
+    """Where a run shows its progress."""
+
+    def banner(self, facts: Mapping[str, Any], first_score: float | None) -> None:
+        """Show what is about to run.
+
+        Args:
+            facts: Label and value of each line.
+            first_score: Mean score of the run's first update, where one was made already; later
+                scores are compared with it.
+        """
+        ...
+
+    def update(self, row: Row, limits: Limits) -> None:
+        """Show the metrics of an update."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show a remark."""
+        ...
+
+    def samples_due(self, update: int) -> bool:
+        """Whether to show samples at this update."""
+        ...
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+        """Show completions of the reference and the policy.
+
+        Args:
+            rows: Each with `prompt`, `reference` and `policy` (texts), `score_before` (the
+                reference's) and `score_after` (the policy's); absent ones stay empty.
+            title: Text above them.
+        """
+        ...
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table."""
+        ...
+
+    def close(self) -> None:
+        """Stop; called however the run ends."""
+        ...
+
+
+def banner(parts: Parts, limits: Limits, settings: Settings) -> dict[str, str]:
+    """Return what is about to run, in at most 12 lines of label and value."""
+    policy, processes = parts.policy, settings["world_size"]
+    total, trained = sum(p.numel() for p in policy.model.parameters()), len(policy.parameters)
+    facts = {
+        "model": policy.name,
+        "parameters": f"{total:,}, of which {trained:,} trainable ({trained / total:.1%})",
+        "device": f"{policy.device}, base in {str(policy.base.dtype).removeprefix('torch.')}, "
+        f"{processes} process{'es' * (processes > 1)}",
+        "prompts": f"{settings['prompts']:,}",
+        "rewards": ", ".join(parts.rewards.names),
+        "critic": f"{parts.critic.name}, lambda {settings.get('lam')}",
+        "algorithm": settings["algorithm"],
+    }
+    if limits.max_kl is not None:
+        unit = "nats per completion"
+        budget = "none" if limits.max_ref_kl is None else f"{limits.max_ref_kl} {unit}, whole run"
+        facts |= {"max_kl": f"{limits.max_kl} {unit}, each update", "max_ref_kl": budget}
+    each, prompts = settings["completions_per_prompt"], settings["prompts_per_update"]
+    facts["batch"] = (
+        f"{prompts * each} completions an update ({prompts} prompts x {each}), "
+        f"at most {settings['max_completion_length']} tokens"
+    )
+    return {**facts, "output": settings["output_dir"]}
+
+
+def sampling_notes(parts: Parts) -> list[str]:
+    """Return in what sampling differs from what the model's own files suggest."""
+    notes = []
+    if parts.tokenizer.pad_token_id is None:
+        notes.append("the tokenizer has no pad token: an end token fills the padding")
+    if ignored := ignored_sampling(parts.policy.base):
+        notes.append(f"sampling is neutral in training; the model's own {ignored} is not used")
+    return notes
+
+
+def samples(
+    policy: Policy, mdp: TokenMDP, rollout: Rollout, *, seed: tuple[int | str, ...], count: int = 3
+) -> list[Row]:
+    """Return some completions of a rollout beside the reference's, for `Display.samples`.
+
+    The reference's are sampled here and not scored: no reward function is called for show.
+    """
+    firsts = [int((rollout.groups == g).nonzero()[0]) for g in rollout.groups.unique()[:count]]
+    unscored = TokenMDP(
+        mdp.tokenizer,
+        Rewards(abstain),
+        eos_token_ids=mdp.eos_token_ids,
+        max_completion_length=mdp.max_completion_length,
+        pad_token_id=mdp.pad_token_id,
+    )
+    with policy.reference():
+        reference = unscored.rollout(policy, [rollout.prompts[i] for i in firsts], seed=seed)
+    return [
+        {
+            "prompt": rollout.prompts[i],
+            "reference": text,
+            "policy": rollout.completions[i],
+            "score_after": float(rollout.scores.score[i]) if rollout.scores.valid[i] else None,
+        }
+        for i, text in zip(firsts, reference.completions, strict=True)
+    ]
+
+
+def before_and_after(
+    before: Evaluation | None, after: Evaluation | None, count: int = 6
+) -> list[Row]:
+    """Return completions of two evaluations side by side, for `Display.samples`."""
+    if before is None or after is None:
+        return []
+    first, last = before.rollout, after.rollout
+    return [
+        {
+            "prompt": first.prompts[i],
+            "reference": first.completions[i],
+            "policy": last.completions[i],
+            "score_before": float(first.scores.score[i]),
+            "score_after": float(last.scores.score[i]),
+        }
+        for i in range(min(count, len(first)))
+    ]
+
+
+def show_outcome(
+    display: Display,
+    run: RunFolder,
+    rows: Sequence[Row],
+    before: Evaluation | None,
+    after: Evaluation | None,
+    best: BestPolicy | None,
+) -> None:
+    """Show samples and scores before and after, what changed, where the files are, what is next."""
+    if before is not None and after is not None:
+        display.samples(before_and_after(before, after), "held-out prompts, before and after")
+        scores: list[list[Any]] = [
+            ["reference", before.score, before.ref_kl],
+            [f"policy, update {rows[-1]['update']}", after.score, after.ref_kl],
+        ]
+        if best is not None:
+            label = f"best within the budget, update {best.update}"
+            scores.append([label, best.score, best.ref_kl])
+        header = ["", "score", "reference KL, nats per completion"]
+        display.table("held-out prompts", header, scores)
+    display.table("what changed", ["", "first", "last"], summary(rows))
+    display.note(f"pictures: {run.plots}/")
+    display.note(f"adapter:  {run.adapter}")
+    if best is not None:
+        display.note(f"best:     {run.best}/, the policy of update {best.update}")
+    display.note("next:")
+    quoted = shlex.quote(str(run.path))
+    for command in ("evaluate.py {}", "token_view.py {}", "merge.py {} {}-merged"):
+        display.note(f"  python recipes/{command.format(quoted, quoted)}")

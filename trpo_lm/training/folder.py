@@ -1,0 +1,271 @@
+"""A run's folder: the name of every file in it, its logs, its settings and its lock.
+
+config.yaml                  resolved settings
+metrics.jsonl                one row an update
+completions.jsonl            one row a completion
+held_out.jsonl               prompts of the evaluations
+checkpoint-000012/           what a run resumes from; see `checkpoint`
+best/, best/best.json        best evaluated policy within the budget; see `best`
+plots/, README.md            figures; model card, written last
+adapter_model.safetensors    trained adapter, by the name peft gives it
+value_head.safetensors       critic, in best/ and checkpoints too
+.lock, .tmp-*                pid of the process that writes here; whatever is unfinished
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from safetensors import SafetensorError
+
+from trpo_lm.config import TrainerConfig
+from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.storage import append_json_line, read_json_lines, truncate_json_lines, write_through
+
+Row = dict[str, Any]  # of a log
+Settings = dict[str, Any]  # content of config.yaml
+
+SETTINGS = "config.yaml"
+ADAPTER = "adapter_model.safetensors"
+CRITIC = "value_head.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)(-replaced)?")
+
+
+class RunFolder:
+    """Paths and logs of a run.
+
+    Attributes:
+        path: The folder.
+        settings, metrics, completions, held_out, card, plots, adapter, best: Paths in it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.settings = self.path / SETTINGS
+        self.metrics = self.path / "metrics.jsonl"
+        self.completions = self.path / "completions.jsonl"
+        self.held_out = self.path / "held_out.jsonl"
+        self.card = self.path / "README.md"
+        self.plots = self.path / "plots"
+        self.adapter = self.path / ADAPTER
+        self.best = self.path / "best"
+
+    def require_usable(self, *, resume: str | None = None, overwrite: bool = False) -> None:
+        """Make the folder if need be, and check that a run may write into it; delete nothing.
+
+        Leftovers of a killed process (`.lock`, `.tmp-*`) do not count as a run.
+
+        Args:
+            resume: Checkpoint that the run resumes from (`resume_from_checkpoint`).
+            overwrite: Whether it may write into a folder that holds a run (`overwrite_output_dir`).
+
+        Raises:
+            TrpoLMError: If it is a file, is not writable, or holds files it may not touch.
+        """
+        path = self.path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+            names = [entry.name for entry in path.iterdir()]
+        except (FileExistsError, NotADirectoryError):
+            raise TrpoLMError(f"{path} is a file, not a folder", where="output_dir") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            what = f"cannot write to {str(path)!r}: {reason}"
+            raise TrpoLMError(what, where="output_dir") from None
+        held = [n for n in names if n != ".lock" and not n.startswith(".tmp-")]
+        if held and not resume and not overwrite:
+            raise TrpoLMError(
+                f"{path} is not empty: it holds {min(held)}"
+                + (f" and {len(held) - 1} more" if len(held) > 1 else ""),
+                where="output_dir",
+                hint="--resume_from_checkpoint auto resumes from its newest checkpoint, "
+                "--overwrite_output_dir starts over in it, --output_dir names another folder",
+            )
+
+    def is_finished(self) -> bool:
+        """Whether the model card, which is written last, is no older than the last update."""
+        if not (self.metrics.is_file() and self.card.is_file()):
+            return False
+        return self.card.stat().st_mtime_ns >= self.metrics.stat().st_mtime_ns
+
+    # ---- logs
+
+    def append(self, row: Row, completions: Sequence[Row]) -> None:
+        """Log an update, its metrics last: a row of metrics has all its completions."""
+        for line in completions:
+            append_json_line(self.completions, line)
+        append_json_line(self.metrics, row)
+
+    def truncate(self, update: int) -> None:
+        """Drop what was logged after an update."""
+        for log in (self.metrics, self.completions):
+            truncate_json_lines(log, update)
+
+    def rows(self, update: int) -> list[Row]:
+        """Return the metrics of the updates up to one."""
+        rows = read_json_lines(self.metrics) if self.metrics.exists() else []
+        return [row for row in rows if row["update"] <= update]
+
+    # ---- checkpoints
+
+    def checkpoint(self, update: int) -> Path:
+        """Return the folder of an update's checkpoint."""
+        return self.path / f"checkpoint-{update:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Return everything named like a checkpoint, newest first."""
+        named = [path for path in self.path.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+        return sorted(named, key=checkpoint_order, reverse=True)
+
+
+def usable_folder(args: TrainerConfig) -> RunFolder:
+    """Return the folder that a run's settings name, once it may write there.
+
+    Raises:
+        TrpoLMError: If it may not, or the run's name is not safe.
+    """
+    if args.run_name is not None:
+        check_run_name(args.run_name)
+    folder = RunFolder(args.output_dir)
+    folder.require_usable(resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir)
+    return folder
+
+
+def checkpoint_order(path: Path) -> tuple[int, bool]:
+    """Sort key of a checkpoint: its update; one that is being replaced precedes its successor."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), match[2] is None
+
+
+def temporary(path: Path) -> Path:
+    """Return a new name beside a path, for a folder that is incomplete."""
+    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+
+
+def save_settings(folder: Path, settings: Settings) -> None:
+    """Write resolved settings as YAML, in their order."""
+    write_through(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
+
+
+def load_settings(folder: Path) -> Settings:
+    """Read what `save_settings` wrote."""
+    return yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+
+
+def check_run_name(name: str, *, root: str | Path | None = None) -> str:
+    """Return a run's name if it is safe as the name of a file: letters, digits, '.', '_', '-'.
+
+    Args:
+        name: 1 to 100 characters, the first one no '.' or '-'.
+        root: Folder in which the name will be used, if any; a link of that name that leads out of
+            it is refused.
+
+    Raises:
+        TrpoLMError: If the name is anything else.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        shown = repr(name if len(name) <= 100 else name[:97] + "...")
+        raise TrpoLMError(
+            f"run_name = {shown} is not allowed",
+            where="run_name",
+            hint="use 1 to 100 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
+        )
+    if root is not None and not (Path(root) / name).resolve().is_relative_to(Path(root).resolve()):
+        raise TrpoLMError(
+            f"run_name = {name!r} is a link that leads out of {root}", where="run_name"
+        )
+    return name
+
+
+def disk_fault(error: Exception, folder: Path) -> Exception:
+    """Return the RunFault for an error of the disk; any other error as it is."""
+    if not isinstance(error, OSError | SafetensorError):
+        return error
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    place = getattr(error, "filename", None) or folder
+    reason = getattr(error, "strerror", None) or error
+    fault = RunFault(
+        f"could not write {Path(os.fsdecode(place)).name}: {reason}",
+        where=str(place),
+        hint=("free some space; " if full else "")
+        + "the checkpoints before this one are intact: --resume_from_checkpoint auto",
+    )
+    fault.__cause__ = error
+    return fault
+
+
+class OutputLock:
+    """Keeps other processes out of a run's folder: `with OutputLock(folder): ...`.
+
+    `.lock` holds the pid of the process that writes there. The lock of a dead process is taken
+    over. The process that holds it may take it again; the outermost `with` removes it. Only the
+    processes of one machine are told apart. Take it on rank 0 only.
+
+    Raises:
+        TrpoLMError: On entering, if another living process holds the lock.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / ".lock"
+        self._removes = False
+
+    def __enter__(self) -> OutputLock:
+        with _locked(self.path) as file:
+            holder = lock_holder(self.path.parent)
+            if holder not in (None, os.getpid()):
+                raise TrpoLMError(
+                    f"{self.path.parent} is locked by pid {holder}",
+                    where="output_dir",
+                    hint=f"stop that run, or name another folder; if pid {holder} is not a run, "
+                    f"delete {self.path}",
+                )
+            self._removes = holder is None
+            file.seek(0)
+            file.truncate()
+            file.write(f"{os.getpid()}\n")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._removes:
+            with _locked(self.path):
+                if lock_holder(self.path.parent) == os.getpid():
+                    self.path.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """Open a file for one process at a time."""
+    while True:  # until it is not one that another process removed while this one waited
+        with open(path, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
+
+
+def lock_holder(folder: Path) -> int | None:
+    """Return the pid of the living process that holds a folder's lock, if there is one."""
+    try:
+        pid = int((folder / ".lock").read_text())
+    except (OSError, ValueError):
+        return None
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # it lives, under another user
+        return pid
+    except (OSError, OverflowError):
+        return None
+    return pid if pid > 0 else None
