@@ -35,7 +35,7 @@ from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.storage import replace_file
 from trpo_lm.training.assembly import Parts, assemble, fit_data, load_data, make_rewards
-from trpo_lm.training.folder import Row, usable_folder
+from trpo_lm.training.folder import Row, require_usable
 from trpo_lm.training.ranks import Ranks
 from trpo_lm.training.state import FREE
 from trpo_lm.training.trainer import Trainer
@@ -265,7 +265,7 @@ class Sweep:
     def _task(self, args: TrainerConfig) -> Task:
         """Put together what a run has before it is trained."""
         args = replace(args, resume_from_checkpoint="auto")
-        self.ranks.on_main(lambda: usable_folder(args))
+        self.ranks.on_main(lambda: require_usable(args))
         data = load_data(self.prompts, None, "prompt", args, self.ranks.count)
         rewards = make_rewards(self.reward, data, args, self.ranks.device)
         parts = assemble(self.model, rewards, args, device=self.ranks.device)

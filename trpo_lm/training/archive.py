@@ -30,8 +30,8 @@ from trpo_lm.training.folder import (
     Row,
     RunFolder,
     Settings,
+    require_usable,
     save_settings,
-    usable_folder,
 )
 from trpo_lm.training.ranks import Ranks
 from trpo_lm.training.stages import Stages
@@ -44,28 +44,29 @@ from trpo_lm.training.state import (
 
 
 class Archive:
-    """What a run writes, and reads when it is resumed.
+    """The files of a run, written and read.
 
     Args:
-        folder: Of the run.
-        args: Whether to resume or to overwrite, and how many checkpoints to keep.
-        settings: What config.yaml and checkpoints hold.
+        args: The folder, whether to resume or to overwrite, and how many checkpoints to keep.
+        settings: Content of config.yaml and of checkpoints.
         parts: What is trained.
         ranks: The processes of the run.
         stage: Names the steps.
+        plots: Whether figures are drawn.
     """
 
     def __init__(
         self,
-        folder: RunFolder,
         args: TrainerConfig,
         settings: Settings,
         parts: Parts,
         ranks: Ranks,
         stage: Stages,
+        *,
+        plots: bool,
     ):
-        self.folder, self.args, self.settings = folder, args, settings
-        self.parts, self.ranks, self.stage = parts, ranks, stage
+        self.folder, self.args, self.settings = RunFolder(args.output_dir), args, settings
+        self.parts, self.ranks, self.stage, self.plots = parts, ranks, stage, plots
 
     def claim(self, stack: ExitStack) -> None:
         """Lock the folder until the stack closes."""
@@ -74,7 +75,7 @@ class Archive:
     def _claim(self, stack: ExitStack) -> None:
         self.folder.require_usable(overwrite=True)  # it is writable, for the lock
         stack.enter_context(OutputLock(self.folder.path))
-        usable_folder(self.args)
+        require_usable(self.args)
 
     # ---- resuming
 
@@ -157,13 +158,13 @@ class Archive:
 
     # ---- the end
 
-    def finish(self, samples: Sequence[Row], *, plots: bool) -> None:
-        """Draw the figures and write the results."""
-        self.ranks.on_main(lambda: self._finish(samples, plots))
+    def finish(self, samples: Sequence[Row]) -> None:
+        """Draw the figures and write the results, with samples in the model card."""
+        self.ranks.on_main(lambda: self._finish(samples))
 
-    def _finish(self, samples: Sequence[Row], plots: bool) -> None:
+    def _finish(self, samples: Sequence[Row]) -> None:
         try:
-            if plots:
+            if self.plots:
                 artifacts.draw(self.folder)
             self.save_model(self.folder.path, samples)
         except OSError as error:

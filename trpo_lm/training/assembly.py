@@ -213,7 +213,7 @@ def run_settings(
     }
 
 
-def _adapter_settings(policy: Policy) -> dict[str, Any]:
+def _adapter_settings(policy: Policy) -> Settings:
     """Return the settings of the trained adapter on which its parameters depend."""
     adapter: Any = policy.model.peft_config[str(policy.model.active_adapter)]
     targets = adapter.target_modules
@@ -223,7 +223,7 @@ def _adapter_settings(policy: Policy) -> dict[str, Any]:
     }
 
 
-def _source(function: Any) -> dict[str, Any] | None:
+def _source(function: Any) -> Settings | None:
     """Return name and rewarded output of a reward model; None for a function."""
     if not isinstance(function, RewardModel):
         return None

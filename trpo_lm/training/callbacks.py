@@ -17,6 +17,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 
 from trpo_lm.config import TrainerConfig
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.training.folder import Row
 from trpo_lm.training.ranks import Ranks
 
 _FLAGS = ("should_training_stop", "should_save", "should_evaluate", "should_log")
@@ -94,7 +95,7 @@ class Callbacks:
                 for flag in (f for f in _FLAGS if values[f]):
                     setattr(self.control, flag, True)
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: Row) -> None:
         """Send the numbers of an update to the trackers."""
         numbers = {
             k: float(v) if isinstance(v, bool) else v

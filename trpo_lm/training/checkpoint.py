@@ -78,7 +78,7 @@ def save_checkpoint(
     extra: Callable[[Path], None] = lambda folder: None,
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of an update, then delete those it replaces.
+    """Write the checkpoint of an update, delete those it replaces, and return its folder.
 
     Called by every rank, between updates; either all ranks return or all raise. A checkpoint of the
     same update with the same bytes is left alone; one that is damaged or differs is replaced. Those
@@ -92,9 +92,6 @@ def save_checkpoint(
         stage: Names the steps.
         extra: Writes further files into the folder it is given; called on rank 0.
         keep: Checkpoints left in the folder afterwards, the new one included; at least 1.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         RunFault: If a file cannot be written, or a number of the state is not finite. The

@@ -130,17 +130,17 @@ class RunFolder:
         return sorted(named, key=checkpoint_order, reverse=True)
 
 
-def usable_folder(args: TrainerConfig) -> RunFolder:
-    """Return the folder that a run's settings name, once it may write there.
+def require_usable(args: TrainerConfig) -> None:
+    """Check that a run may have the name and write into the folder that its settings say.
 
     Raises:
-        TrpoLMError: If it may not, or the run's name is not safe.
+        TrpoLMError: If it may not.
     """
     if args.run_name is not None:
         check_run_name(args.run_name)
-    folder = RunFolder(args.output_dir)
-    folder.require_usable(resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir)
-    return folder
+    RunFolder(args.output_dir).require_usable(
+        resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir
+    )
 
 
 def checkpoint_order(path: Path) -> tuple[int, bool]:

@@ -213,15 +213,14 @@ NOISY_BATCHES, NOISY_UPDATES = 10, 5  # a noise scale worth a note, and over how
 STALLED_UPDATES = 3
 BOUND_BY_BUDGET = ("ref", "both", "recover")
 
-# Likely causes of a stall, by what the line search or conjugate gradient reported.
+# Likely causes of a stall, by how conjugate gradient or the line search ended.
 CAUSES = {
-    "nonfinite": "a Fisher product was not finite: look for a weight that is nan or infinite, and "
-    "leave bf16 off",
+    "nonfinite": "a Fisher product was not finite: a weight is nan or infinite, or bf16 overflows",
     "indefinite": "the Fisher is not positive definite to rounding: raise damping or "
-    "fisher_completions, and leave bf16 off",
+    "fisher_completions, or turn bf16 off",
     "zero": "the gradient is zero: no completion of a batch is better than another",
-    "non-finite": "the model's logits overflow: leave bf16 off, or lower max_kl",
-    "kl above": "steps are longer than their quadratic model allows: raise damping or "
+    "non-finite": "the model's logits overflow: lower max_kl, or turn bf16 off",
+    "kl above": "the quadratic model of the KL does not hold for the step: raise damping or "
     "fisher_completions, or lower max_kl",
     "reference kl": "the policy is at its budget: raise max_ref_kl, or end the run",
     "gain below": "the gradient is mostly noise: raise prompts_per_update",
@@ -269,17 +268,20 @@ def noise_note(rows: Sequence[Row], size: int) -> str | None:
 
 
 def stalled_note(rows: Sequence[Row]) -> str | None:
-    """Return the likely causes when the policy has not moved for some updates; once a stall."""
+    """Return the likely causes when the policy has stopped moving; once a stall."""
     still = [*takewhile(_rejected, reversed(rows))]
     if len(still) != STALLED_UPDATES:
         return None
-    status, reason = (still[0].get(name) for name in ("cg/status", "line_search/reason"))
-    facts = [str(fact) for fact in (status, reason) if fact]
-    likely = [CAUSES[key] for fact in facts for key in CAUSES if fact.startswith(key)]
-    return (
-        f"the policy has not moved for {len(still)} updates (conjugate gradient: {status}, line "
-        f"search: {reason}); {'; '.join(likely)}"
-    )
+    facts = {
+        "gradient's solve": still[0].get("cg/status"),
+        "reference KL's solve": still[0].get("cg/reference_status"),
+        "line search": still[0].get("line_search/reason"),
+    }
+    given = {name: str(fact) for name, fact in facts.items() if fact is not None}
+    causes = [CAUSES[key] for fact in given.values() for key in CAUSES if fact.startswith(key)]
+    reported = ", ".join(f"{name}: {fact}" for name, fact in given.items())
+    head = f"the policy has not moved for {len(still)} updates ({reported})"
+    return "; ".join(dict.fromkeys([head, *causes]))
 
 
 def _rejected(row: Row) -> bool:

@@ -44,7 +44,7 @@ from trpo_lm.training.display import (
     sampling_notes,
     show_outcome,
 )
-from trpo_lm.training.folder import Row, usable_folder
+from trpo_lm.training.folder import Row, require_usable
 from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.memory import MicroBatch
 from trpo_lm.training.metrics import Evaluation
@@ -74,6 +74,10 @@ class Trainer:
         TrpoLMError: For every mistake that can be found before generating.
     """
 
+    before: Evaluation | None = None  # of the reference
+    after: Evaluation | None = None  # of the policy, the latest
+    best: BestPolicy | None = None
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -94,21 +98,17 @@ class Trainer:
         self.stage = Stages()
         self.ranks = Ranks(args.ddp_timeout, self.stage)
         self.display: Display = display or Console(self.ranks.main, args.updates)
-        self.plots = plots
-        folder = self.ranks.on_main(lambda: usable_folder(args))
+        self.ranks.on_main(lambda: require_usable(args))
         data = assembly.load_data(
             train_dataset, eval_dataset, prompt_column, args, self.ranks.count
         )
         algorithm = algorithm or TRPO()
         self.rewards = assembly.make_rewards(reward_funcs, data, args, self.ranks.device)
+        needed = args if algorithm.needs_critic else replace(args, critic="none")
         self.parts = parts = assembly.assemble(
-            model,
-            self.rewards,
-            args if algorithm.needs_critic else replace(args, critic="none"),
-            device=self.ranks.device,
-            peft_config=peft_config,
-            tokenizer=processing_class,
-        )
+            model, self.rewards, needed,
+            device=self.ranks.device, peft_config=peft_config, tokenizer=processing_class,
+        )  # fmt: skip
         self.policy, self.tokenizer = parts.policy, parts.tokenizer
         self.mdp, self.critic = parts.mdp, parts.critic
         data = assembly.fit_data(data, parts, args, self.display.note)
@@ -118,7 +118,7 @@ class Trainer:
         settings = assembly.run_settings(
             parts, self.algorithm, args, self.prompts, self.ranks.count
         )
-        self.archive = Archive(folder, args, settings, parts, self.ranks, self.stage)
+        self.archive = Archive(args, settings, parts, self.ranks, self.stage, plots=plots)
         self.callbacks = Callbacks(
             callbacks, args, self.ranks, model=self.policy.model, tokenizer=self.tokenizer
         )
@@ -126,9 +126,6 @@ class Trainer:
         self.micro_batch = MicroBatch(args.micro_batch_size, self.ranks, self.display.note)
         self.updates_done = self.completions = self.tokens = 0
         self.rows: list[Row] = []
-        self.before: Evaluation | None = None
-        self.after: Evaluation | None = None
-        self.best: BestPolicy | None = None
         self._boundary = self._snapshot()
 
     # ------------------------------------------------------------------ the run
@@ -377,7 +374,7 @@ class Trainer:
     def _finish(self) -> None:
         """Write the results, and show what changed."""
         self.callbacks.event("on_train_end")
-        self.archive.finish(before_and_after(self.before, self.after), plots=self.plots)
+        self.archive.finish(before_and_after(self.before, self.after))
         if self.ranks.main:
             show_outcome(
                 self.display, self.archive.folder, self.rows, self.before, self.after, self.best

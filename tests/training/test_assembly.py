@@ -1,0 +1,89 @@
+"""What the trainer, a reopened run and TRL's arm share: parts, prompts, settings."""
+
+import pytest
+import runs
+import tiny
+import torch
+import yaml
+
+from trpo_lm import PPO, TRPO, TrainerConfig, TrpoLMError
+from trpo_lm.config import Limits
+from trpo_lm.lm.prompts import Prompts
+from trpo_lm.training.assembly import (
+    Data,
+    assemble,
+    fit_data,
+    load_data,
+    make_rewards,
+    prompts_of_update,
+)
+
+CPU = torch.device("cpu")
+
+
+def parts(reward=runs.score, **options):
+    args = TrainerConfig(max_completion_length=5, **options)
+    made = assemble(
+        tiny.build(), make_rewards(reward, None, args, CPU), args,
+        device=CPU, peft_config=tiny.lora(), tokenizer=tiny.tokenizer(),
+    )  # fmt: skip
+    return made, args
+
+
+@pytest.mark.parametrize("prefixes", [False, True])
+@pytest.mark.parametrize("critic", ["auto", "prefix", "value_head", "none"])
+def test_a_critic_reads_prefixes_where_its_name_says_so(critic, prefixes):
+    def reward(completions):
+        return runs.score(completions)
+
+    reward.scores_prefixes = prefixes
+    made, _ = parts(reward, critic=critic)
+    assert made.critic.reads_prefixes == ("prefix" in made.critic.name)
+
+
+def test_the_limits_of_the_algorithms():
+    assert TRPO(max_kl=0.2, max_ref_kl=None).limits == Limits(0.2, None)
+    assert TRPO(max_kl=0.2, max_ref_kl=1.0).limits == Limits(0.2, 1.0)
+    assert PPO().limits == Limits(None, None)
+
+
+def test_every_epoch_is_another_shuffle_of_all_prompts():
+    args = TrainerConfig(prompts_per_update=3, seed=4)
+    rows = [row for update in range(1, 8) for row in prompts_of_update(update, args, 7)]
+    epochs = [rows[i : i + 7] for i in range(0, 21, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert prompts_of_update(5, args, 7) == rows[12:15]
+
+
+def test_of_the_held_out_prompts_the_first_are_kept_once_all_of_them_fit():
+    made, args = parts(eval_prompts=2, truncate_prompts="left")
+    notes, long = [], " ".join(["w1"] * 70)
+    data = Data(Prompts(["w1", long], {}), Prompts(["w2"] * 3, {}))
+    data = fit_data(data, made, args, notes.append)
+    assert len(data.train) == 2 and data.held_out.prompts == ["w2"] * 2
+    assert notes == ["1 prompts were truncated on the left to fit 59 tokens"]
+    made, args = parts(eval_prompts=2)
+    with pytest.raises(TrpoLMError, match="row 2"):
+        fit_data(Data(data.train, Prompts(["w2", "w2", long], {})), made, args, notes.append)
+
+
+def test_every_process_needs_a_prompt():
+    args = TrainerConfig(prompts_per_update=2, eval_prompts=9)
+    assert load_data(["w1"], ["w2"] * 2, "prompt", args, 2).held_out.prompts == ["w2"] * 2
+    for held_out, processes, setting in ((["w2"], 2, "eval_prompts"), (None, 3, "prompts_per")):
+        with pytest.raises(TrpoLMError, match=f"cannot be shared by {processes}.*{setting}"):
+            load_data(["w1"], held_out, "prompt", args, processes)
+
+
+def test_the_settings_of_a_run_in_the_order_of_its_file(tmp_path):
+    made = runs.trainer(tmp_path, updates=1)
+    made.train()
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert settings == made.archive.settings
+    assert list(settings)[:9] == [
+        "model", "adapter", "algorithm", "reward_funcs", "prompts", "dataset", "world_size",
+        "reference", "reward_models",
+    ]  # fmt: skip
+    assert settings["adapter"]["r"] == 1 and settings["reward_models"] == [None]
+    assert settings["max_kl"] == made.algorithm.max_kl and settings["updates"] == 1
