@@ -11,6 +11,8 @@ from typing import Any
 
 from trpo_lm.errors import RunFault, TrpoLMError
 
+Row = dict[str, Any]  # one JSON object: a line of a log, or a file
+
 
 def replace_file(path: str | Path, content: bytes) -> None:
     """Write a whole file: after a crash `path` holds either its old content or all of `content`."""
@@ -75,7 +77,7 @@ def append_json_line(path: str | Path, row: Mapping[str, Any]) -> None:
     Raises:
         RunFault: If the line could not be written.
     """
-    plain: dict[str, Any] = {}
+    plain: Row = {}
     nonfinite = []
     for name, value in row.items():
         bad: list[float] = []
@@ -105,7 +107,7 @@ def _plain(value: Any, bad: list[float]) -> Any:
     return value
 
 
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_json_lines(path: str | Path) -> list[Row]:
     """Return the rows of `path`; an incomplete last line, left by an interruption, is dropped.
 
     Raises:
@@ -126,7 +128,7 @@ def truncate_json_lines(path: str | Path, update: int) -> None:
         replace_file(path, b"".join(line + b"\n" for line in lines))
 
 
-def _parsed_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _parsed_lines(path: Path) -> list[tuple[bytes, Row]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trpo_lm.lm.mdp import MOST_ROWS
+from trpo_lm.lm.rollout import MOST_ROWS
 from trpo_lm.training.memory import MicroBatch
 from trpo_lm.training.ranks import OutOfMemory
 

@@ -17,8 +17,10 @@ from transformers import GPT2LMHeadModel
 
 import trpo_lm.core.natural_step
 from trpo_lm import PPO, Trainer
+from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.trust_region import Step
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch
 from trpo_lm.training.metrics import METRICS
 
@@ -420,3 +422,16 @@ def test_C07_the_recipe_says_it_in_two_lines(tmp_path):
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: model 'no/such' not found locally and HF_HUB_OFFLINE=1")
     assert hint.startswith("hint: ")
+
+
+@pytest.mark.parametrize(("flaw", "cause"), [(math.nan, "not finite"), (-1.0, "curvature")])
+def test_B21_a_run_that_cannot_move_names_the_cause_once(
+    tmp_path, monkeypatch, capsys, flaw, cause
+):
+    monkeypatch.setattr(BatchObjective, "fisher", lambda self, completions: lambda v: flaw * v)
+    trainer(tmp_path, updates=5).train()
+    for row in runs.rows(tmp_path):
+        assert not row["line_search/accepted"] and cause in row["line_search/reason"]
+        assert row["cg/status"] == row["cg/ref_status"] or row["cg/ref_status"] == "zero"
+        assert row["cg/status"] in ("nonfinite", "indefinite")
+    assert capsys.readouterr().out.count("the policy has not moved for 3 updates") == 1

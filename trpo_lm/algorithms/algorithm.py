@@ -13,6 +13,7 @@ from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
 
 State = TypeVar("State")
+Metrics = dict[str, float | str | bool | None]  # by names of training.metrics.METRICS
 
 
 class Algorithm(Protocol[State]):
@@ -57,7 +58,7 @@ class Algorithm(Protocol[State]):
         """Return A_t of every action, (N, T), from `rewards` and `values`, (N, T) each."""
         ...
 
-    def update(self, objective: BatchObjective, state: State) -> tuple[State, dict[str, Any]]:
+    def update(self, objective: BatchObjective, state: State) -> tuple[State, Metrics]:
         """Move the policy; return the successor of the state, and metrics."""
         ...
 

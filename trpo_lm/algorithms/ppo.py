@@ -23,11 +23,11 @@ arXiv:1909.08593, section 2.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from trpo_lm.algorithms.algorithm import Metrics
 from trpo_lm.config import Limits, PPOSettings
 from trpo_lm.core.advantages import gae, group_normalised, leave_one_out, whiten
 from trpo_lm.core.parameters import ParameterVector, Reduce
@@ -85,7 +85,7 @@ class PPO(PPOSettings):
         estimate = leave_one_out if self.advantage == "leave_one_out" else group_normalised
         return estimate(scores, rollout.groups)[:, None] * mask
 
-    def update(self, objective: BatchObjective, state: PPOState) -> tuple[PPOState, dict[str, Any]]:
+    def update(self, objective: BatchObjective, state: PPOState) -> tuple[PPOState, Metrics]:
         """Make `epochs` x `minibatches` Adam steps; return the successor of the state, and metrics.
 
         Args:

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
+from trpo_lm.algorithms.algorithm import Metrics
 from trpo_lm.config import Limits, TRPOSettings
 from trpo_lm.core.adaptation import (
     Noise,
@@ -85,9 +85,7 @@ class TRPO(TRPOSettings):
         A = gae(rewards, values, mask, gamma=self.gamma, lam=self.lam or 0.0)
         return whiten(A, mask & rollout.scores.valid[:, None], reduce)
 
-    def update(
-        self, objective: BatchObjective, state: TRPOState
-    ) -> tuple[TRPOState, dict[str, Any]]:
+    def update(self, objective: BatchObjective, state: TRPOState) -> tuple[TRPOState, Metrics]:
         """Make one update; return the successor of the state, and metrics.
 
         Args:
@@ -149,7 +147,7 @@ def learned(state: TRPOState, update: Update, R: float) -> TRPOState:
     )
 
 
-def metrics(update: Update, limits: StepLimits, signal: Noise) -> dict[str, Any]:
+def metrics(update: Update, limits: StepLimits, signal: Noise) -> Metrics:
     """Return what an update did under the names of `training.metrics.METRICS`."""
     step, search, trial = update.step, update.search, update.search.trial
     accepted, solves = search.accepted, [s for s in (update.v, update.w) if s is not None]

@@ -26,6 +26,7 @@ from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.report.format import clean, number
 from trpo_lm.report.html import CSS, escape
 from trpo_lm.report.style import BLUE, GREEN, GREY, VERMILION, Table, save_figure
+from trpo_lm.storage import Row
 
 # Column, heading, unit, and the colour of positive values.
 TRACKS: tuple[tuple[str, str, str, str], ...] = (
@@ -52,7 +53,7 @@ td.t, th.t { font-family: ui-monospace, monospace; white-space: pre; }
 """
 
 
-def token_rows(run: FinishedRun, rollout: Rollout, row: int = 0) -> list[dict[str, Any]]:
+def token_rows(run: FinishedRun, rollout: Rollout, row: int = 0) -> list[Row]:
     """Return the numbers of every token of a completion.
 
     Args:
@@ -100,7 +101,7 @@ def token_rows(run: FinishedRun, rollout: Rollout, row: int = 0) -> list[dict[st
 
 
 def draw_tokens(
-    rows: Sequence[dict[str, Any]], stem: str | Path, *, title: str, prompt: Prompt, note: str = ""
+    rows: Sequence[Row], stem: str | Path, *, title: str, prompt: Prompt, note: str = ""
 ) -> list[Path]:
     """Write `stem`.html, `stem`.png and `stem`.csv.
 
@@ -138,7 +139,7 @@ def _visible(token: str) -> str:
 # ---------------------------------------------------------------- the picture
 
 
-def _draw(figure: Figure, rows: Sequence[dict[str, Any]], title: str) -> Table:
+def _draw(figure: Figure, rows: Sequence[Row], title: str) -> Table:
     """Draw KL, log-probabilities and, with a critic, credit below each other."""
     figure.set_size_inches(min(40.0, max(6.4, 1.2 + 0.27 * len(rows))), 7)
     credit = rows[0]["value"] is not None
@@ -180,7 +181,7 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]], title: str) -> Table:
 # ---------------------------------------------------------------- the page
 
 
-def _page(rows: Sequence[dict[str, Any]], title: str, prompt: Prompt, note: str) -> str:
+def _page(rows: Sequence[Row], title: str, prompt: Prompt, note: str) -> str:
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
@@ -208,7 +209,7 @@ def _page(rows: Sequence[dict[str, Any]], title: str, prompt: Prompt, note: str)
 
 
 def _track(
-    rows: Sequence[dict[str, Any]], name: str, heading: str, unit: str, colour: str, prompt: str
+    rows: Sequence[Row], name: str, heading: str, unit: str, colour: str, prompt: str
 ) -> str:
     """Return the completion, each token coloured by one number, and the colour scale."""
     values = [float(row[name]) for row in rows]

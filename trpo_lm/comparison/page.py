@@ -33,6 +33,7 @@ from trpo_lm.report.html import CSS, escape
 from trpo_lm.report.run_log import column
 from trpo_lm.report.statistics import bootstrap_interval, mean
 from trpo_lm.report.style import Table, save_figure, save_png, write_csv
+from trpo_lm.storage import Row
 
 _NAMES = ("model", "reward_model", "judge")
 NONE = "-"  # a cell without a number
@@ -104,7 +105,7 @@ def _interval(low: float, high: float, form: str) -> str:
     return f"<small>[{low:{form}}, {high:{form}}]</small>" if low == low else ""
 
 
-def _headline(rows: list[dict[str, Any]]) -> str:
+def _headline(rows: list[Row]) -> str:
     """Compare the first algorithm's arms with the best of all others, then of each."""
     if not rows:
         return ""
@@ -115,7 +116,7 @@ def _headline(rows: list[dict[str, Any]]) -> str:
     header = ["arm", "KL, nats", "score", "best competing arm", "its KL", "its score",
               "difference"]  # fmt: skip
 
-    def table(rows: list[dict[str, Any]]) -> str:
+    def table(rows: list[Row]) -> str:
         return _table(header, [
             [
                 _key(row["arm"]), f"{row['ref_kl']:.2f}", row["score"], _key(row["rival"]),

@@ -24,7 +24,7 @@ from trpo_lm.errors import TrpoLMError
 from trpo_lm.report.run_log import column
 from trpo_lm.report.statistics import bootstrap_interval, mean
 from trpo_lm.report.style import BLUE, GREEN, GREY, VERMILION
-from trpo_lm.storage import read_json_lines
+from trpo_lm.storage import Row, read_json_lines
 
 COLOURS = {
     "trpo": BLUE, "npg": "#56B4E9", "ppo": VERMILION, "grpo": GREEN, "rloo": "#CC79A7",
@@ -42,8 +42,8 @@ class Run:
 
     seed: int
     folder: Path
-    result: dict[str, Any]
-    rows: list[dict[str, Any]]
+    result: Row
+    rows: list[Row]
 
     def held_out(self, name: str) -> float:
         """Return a measurement on held-out prompts; nan if there is none."""
@@ -84,7 +84,7 @@ class ArmResults:
         return np.array([run.held_out(name) for run in self.runs])
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Row:
         """The settings shared by its runs."""
         return self.runs[0].result["spec"]
 
@@ -98,7 +98,7 @@ class ArmResults:
 class Comparison:
     """The reference with its limit, and the arms."""
 
-    reference: dict[str, Any]
+    reference: Row
     arms: list[ArmResults]
 
     @property
@@ -167,7 +167,7 @@ def load_comparison(folder: str | Path) -> Comparison:
     return _coloured(Comparison(reference, arms))
 
 
-def _place(result: dict[str, Any]) -> tuple[int, list[tuple[str, Any]]]:
+def _place(result: Row) -> tuple[int, list[tuple[str, Any]]]:
     """Return the sort key of an arm: its algorithm in the order of `COLOURS`, then its settings."""
     algorithm, order = result["algorithm"], list(COLOURS)
     place = order.index(algorithm) if algorithm in order else len(order)
@@ -183,7 +183,7 @@ def _as_number(text: str) -> tuple[float, str]:
 
 def _coloured(c: Comparison) -> Comparison:
     """Give each algorithm a colour and its arms shades of it, the darkest to featured ones."""
-    looks: dict[int, dict[str, Any]] = {}
+    looks: dict[int, Row] = {}
     for algorithm, arms in c.families().items():
         base = np.array(to_rgb(COLOURS.get(algorithm, GREY)))
         for place, arm in enumerate(sorted(arms, key=lambda arm: arm not in c.featured)):
@@ -200,7 +200,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.array([mean(values[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(values))])
 
 
-def at_equal_kl(comparison: Comparison) -> list[dict[str, Any]]:
+def at_equal_kl(comparison: Comparison) -> list[Row]:
     """Compare the first algorithm's arms with the best arm of every other at their final KL.
 
     Returns:

@@ -30,7 +30,7 @@ GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
 
 # What transformers would otherwise inherit from the model's own generation_config: the sampler must
 # be the policy that is differentiated, nothing filtered and nothing penalised.
-NEUTRAL_SAMPLING: dict[str, Any] = {
+NEUTRAL_SAMPLING: dict[str, bool | int | float] = {
     "do_sample": True,
     "num_beams": 1,
     "top_k": 0,

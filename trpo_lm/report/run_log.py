@@ -10,12 +10,12 @@ import numpy as np
 import yaml
 
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.storage import read_json_lines
+from trpo_lm.storage import Row, read_json_lines
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def load_run(run_dir: str | Path) -> list[dict[str, Any]]:
+def load_run(run_dir: str | Path) -> list[Row]:
     """Return the rows of a run's `metrics.jsonl`, each with the run's limits.
 
     Added to every row: `max_kl` and `max_ref_kl` (nats per completion, None without a limit) and
@@ -30,7 +30,7 @@ def load_run(run_dir: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise TrpoLMError("no update was recorded yet", where=str(run_dir / "metrics.jsonl"))
     radii = [row["trust_region/radius"] for row in rows if row.get("trust_region/radius")]
-    limits: dict[str, Any] = {"max_kl": max(radii, default=None)}
+    limits: Row = {"max_kl": max(radii, default=None)}
     config = run_dir / "config.yaml"
     if config.exists():
         try:

@@ -274,7 +274,7 @@ def stalled_note(rows: Sequence[Row]) -> str | None:
         return None
     facts = {
         "gradient's solve": still[0].get("cg/status"),
-        "reference KL's solve": still[0].get("cg/reference_status"),
+        "reference KL's solve": still[0].get("cg/ref_status"),
         "line search": still[0].get("line_search/reason"),
     }
     given = {name: str(fact) for name, fact in facts.items() if fact is not None}
