@@ -21,8 +21,7 @@ def run():
     (args,) = parse((TrainerConfig,), description=__doc__)
     if os.environ.get("RANK", "0") == "0":
         print("trpo_lm: loading torch and transformers ...", flush=True)
-    from trpo_lm import TRPO, Trainer
-    from trpo_lm.lm.rewards import scores_prefixes
+    from trpo_lm import TRPO, Trainer, scores_prefixes
 
     @scores_prefixes
     def mentions_music(completions):

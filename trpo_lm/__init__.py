@@ -23,6 +23,7 @@ _HOME = {
     "Policy": "lm.policy",
     "TokenMDP": "lm.mdp",
     "RewardModel": "lm.reward_models",
+    "scores_prefixes": "lm.rewards",
     "Trainer": "training.trainer",
     "TRPOTrainer": "training.trainer",
     "PPOTrainer": "training.trainer",
