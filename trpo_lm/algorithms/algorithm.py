@@ -1,4 +1,4 @@
-"""What the trainer needs of an update rule."""
+"""The protocol of an update rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Algorithm(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """Distances that it keeps to."""
+        """Distances that the updates keep to."""
         ...
 
     @property

@@ -47,7 +47,7 @@ from trpo_lm.training.ranks import Ranks
 
 @dataclass(frozen=True)
 class Task:
-    """What TRL's run has in common with those of every other arm.
+    """The parts of a run that TRL's trainer shares with every other arm.
 
     Attributes:
         parts: Its policy copies TRL's parameters and is measured.
@@ -148,7 +148,7 @@ def _trainer(
 
 
 def _arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
-    """Return what makes TRL's run the same experiment; what is absent is TRL's default."""
+    """Return the settings that make TRL's run the same experiment; the rest are its defaults."""
     N = args.prompts_per_update * args.completions_per_prompt
     most = min(N, args.micro_batch_size or MOST_ROWS)
     micro = max(n for n in range(1, most + 1) if N % n == 0)

@@ -1,4 +1,4 @@
-"""What a run leaves: lines of its logs, and the folder that vanilla peft loads.
+"""Files of a run: lines of its logs, and the folder that vanilla peft loads.
 
 That folder holds adapter and tokenizer, and beside them critic, settings, figures and model card.
 """

@@ -126,7 +126,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return everything named like a checkpoint, newest first."""
-        named = [path for path in self.path.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+        named = [path for path in self.path.glob("*") if _CHECKPOINT.fullmatch(path.name)]
         return sorted(named, key=checkpoint_order, reverse=True)
 
 

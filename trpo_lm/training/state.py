@@ -1,4 +1,4 @@
-"""The state of a run between two updates: remembered, put back, saved and loaded.
+"""The state of a run between two updates: snapshot, restore, save, load.
 
 It is the policy's parameters, the critic's and the algorithm's state and three counters, nothing
 else: prompts and random numbers are functions of the seed and of the update's number.
@@ -134,7 +134,7 @@ def _split(algorithm: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
 def _joined(
     initial: dict[str, Any], values: dict[str, Any], tensors: dict[str, Tensor], to: torch.device
 ) -> dict[str, Any]:
-    """Undo `_split`; the initial state where what was saved is another algorithm's."""
+    """Undo `_split`; return the initial state if the saved one is another algorithm's."""
     saved = {**values, **{name: tensor.to(to) for name, tensor in tensors.items()}}
     return saved if saved.keys() == initial.keys() else initial
 

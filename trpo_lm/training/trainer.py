@@ -130,7 +130,7 @@ class Trainer:
     # ------------------------------------------------------------------ the run
 
     def train(self) -> list[Row]:
-        """Make all updates, write everything that a run leaves, and return the metrics rows.
+        """Make all updates, write the results, and return the metrics rows.
 
         Raises:
             TrpoLMError: If the folder or the checkpoint to resume from cannot be used.
