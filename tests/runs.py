@@ -46,7 +46,7 @@ def config(folder, **options):
 
 
 def trainer(folder, *, reward=score, algorithm="trpo", model=None, peft=None, data=PROMPTS,
-            evals=None, callbacks=(), **options):  # fmt: skip
+            evals=None, callbacks=(), display=None, **options):  # fmt: skip
     made = ALGORITHMS[algorithm]() if isinstance(algorithm, str) else algorithm
     return Trainer(
         model or tiny.build(),
@@ -58,6 +58,7 @@ def trainer(folder, *, reward=score, algorithm="trpo", model=None, peft=None, da
         peft_config=peft or tiny.lora(),
         algorithm=made,
         callbacks=callbacks,
+        display=display,
         plots=False,  # drawing takes longer than a tiny run
     )
 

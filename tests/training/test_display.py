@@ -8,8 +8,10 @@ import tiny
 from runs import trainer
 from transformers.utils import logging as transformers_logging
 
-from trpo_lm import Trainer
+from trpo_lm import PPO, TRPO, Trainer
+from trpo_lm.comparison.sweep import Progress
 from trpo_lm.training.console import Console
+from trpo_lm.training.display import banner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,3 +69,27 @@ def test_the_end_of_a_run_names_what_to_do_next(tmp_path, capsys):
     for recipe in ("evaluate.py", "token_view.py", "merge.py"):
         assert f"python recipes/{recipe} {tmp_path}" in out
         assert (ROOT / "recipes" / recipe).is_file()
+
+
+def test_the_line_of_a_sweep_is_a_display_too_and_shows_updates_alone(tmp_path, capsys):
+    progress = Progress(4, enabled=True)
+    progress.start("trpo, seed 0")
+    trainer(tmp_path, updates=2, evals=runs.HELD_OUT, eval_steps=1, display=progress).train()
+    (line,) = capsys.readouterr().out.splitlines()  # the second one comes too soon
+    assert line.startswith(" 25%  about 0 min left  trpo, seed 0  update 1  score ")
+    assert progress.done == 2 and not hasattr(progress, "anything")
+
+
+def test_the_banner_names_the_limits_that_an_algorithm_has(tmp_path):
+    kl = "0.2 nats per completion, each update"
+    for algorithm, limit, budget in (
+        (TRPO(max_kl=0.2, max_ref_kl=1.5), kl, "1.5 nats per completion, whole run"),
+        (TRPO(max_kl=0.2, max_ref_kl=None), kl, "none"),
+        (PPO(), None, None),
+    ):
+        made = trainer(tmp_path, algorithm=algorithm)
+        facts = banner(made.parts, made.algorithm.limits, made.archive.settings)
+        assert facts.get("max_kl") == limit
+        assert facts.get("max_ref_kl") == budget
+        assert facts["batch"].startswith("8 completions an update (4 prompts x 2)")
+        assert facts["algorithm"] == type(algorithm).__name__ and len(facts) <= 12

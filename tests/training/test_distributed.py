@@ -267,8 +267,8 @@ def test_D04_memory_that_is_full_on_one_rank_only(tmp_path, rank):
         assert "the device is out of memory: tried to allocate 2 GiB" in message
         assert f"rank {rank}" in message and "lower micro_batch_size" in message
         assert "saved checkpoint-000000" in message
-    assert "out of memory: micro_batch_size is 2 now" in (log / "rank0.log").read_text()
-    assert (log / "rank1.log").read_text().count("out of memory") <= 1  # the traceback's
+    assert "micro_batch_size is 2 now" in (log / "rank0.log").read_text()
+    assert "micro_batch_size is 2 now" not in (log / "rank1.log").read_text()
 
 
 def train_late(folder, gone):

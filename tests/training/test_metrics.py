@@ -36,14 +36,14 @@ MOVED = step(True)
 SKIPPED = {"skipped": "zero advantage", "line_search/accepted": None}
 
 
-def test_a_policy_that_does_not_move_is_noted_once_a_stall():
+def test_B21_a_policy_that_does_not_move_is_noted_once_a_stall():
     still = step(False, "gain below its promise")
     course = [still, still, MOVED, still, still, still, still, still, MOVED, *[still] * 3]
     said = [stalled_note(course[:i]) is not None for i in range(len(course) + 1)]
     assert [i for i, note in enumerate(said) if note] == [6, 12]
 
 
-def test_an_update_that_was_skipped_or_has_no_line_search_is_no_stall():
+def test_B21_an_update_that_was_skipped_or_has_no_line_search_is_no_stall():
     still, ppo = step(False, "no step"), {"trust_region/kl": 0.1}
     assert stalled_note([still, still, SKIPPED, still]) is None
     assert stalled_note([SKIPPED] * 3) is None and stalled_note([ppo] * 3) is None
@@ -64,7 +64,7 @@ def test_an_update_that_was_skipped_or_has_no_line_search_is_no_stall():
         ("something new", "converged", "line search: something new"),
     ],
 )
-def test_a_stall_names_its_likely_cause(reason, status, cause):
+def test_B21_a_stall_names_its_likely_cause(reason, status, cause):
     note = stalled_note([step(False, reason, status)] * 3)
     assert "not moved for 3 updates" in note and cause in note and reason in note
     assert "None" not in note

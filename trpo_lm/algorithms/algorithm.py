@@ -1,4 +1,4 @@
-"""What the trainer asks of an update rule."""
+"""The protocol of an update rule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Algorithm(Protocol[State]):
 
     @property
     def limits(self) -> Limits:
-        """Distances that it keeps to."""
+        """Distances that the updates keep to."""
         ...
 
     @property

@@ -34,7 +34,14 @@ from trpo_lm.report.statistics import bootstrap_interval
 from trpo_lm.storage import read_json_lines
 from trpo_lm.training.assembly import assemble, make_rewards
 from trpo_lm.training.best import load_best
-from trpo_lm.training.folder import ADAPTER, CRITIC, RunFolder, Settings, load_settings
+from trpo_lm.training.folder import (
+    ADAPTER,
+    CRITIC,
+    RunFolder,
+    Settings,
+    checkpoint_order,
+    load_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -239,9 +246,8 @@ def merge(run: FinishedRun, out: str | Path) -> None:
 
 def _saved_policy(run: RunFolder, checkpoint: str) -> Path:
     """Return the folder that holds the adapter of a checkpoint."""
-    numbers = [int(p.name[11:]) for p in run.path.glob("checkpoint-*") if p.name[11:].isdigit()]
     places = {"last": run.path, "best": run.best}
-    places |= {str(n): run.checkpoint(n) for n in sorted(numbers)}
+    places |= {str(checkpoint_order(path)[0]): path for path in reversed(run.checkpoints())}
     there = [name for name, place in places.items() if (place / ADAPTER).is_file()]
     if checkpoint not in there:
         raise TrpoLMError(

@@ -33,9 +33,9 @@ from trpo_lm.lm.loading import load_model, quiet_loading
 from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rollout import Rollout
-from trpo_lm.storage import replace_file
+from trpo_lm.storage import Row, replace_file
 from trpo_lm.training.assembly import Parts, assemble, fit_data, load_data, make_rewards
-from trpo_lm.training.folder import Row, require_usable
+from trpo_lm.training.folder import require_usable
 from trpo_lm.training.ranks import Ranks
 from trpo_lm.training.state import FREE
 from trpo_lm.training.trainer import Trainer
@@ -126,7 +126,7 @@ class Progress:
 
 
 class Sweep:
-    """Runs what is missing in a folder.
+    """Runs every arm and seed that a folder lacks.
 
     Args:
         model: As for `Trainer`, by name: every run loads it anew.
@@ -187,7 +187,7 @@ class Sweep:
 
         Raises:
             TrpoLMError: If something finished was made with other settings.
-            Interrupted: When a signal stopped it; the same call goes on from there.
+            Interrupted: When a signal stopped it; the same call resumes from there.
         """
         self._reference()
         for seed in range(self.args.seed, self.args.seed + self.seeds):
@@ -263,7 +263,7 @@ class Sweep:
         )
 
     def _task(self, args: TrainerConfig) -> Task:
-        """Put together what a run has before it is trained."""
+        """Return the parts and prompts of a run, before training."""
         args = replace(args, resume_from_checkpoint="auto")
         self.ranks.on_main(lambda: require_usable(args))
         data = load_data(self.prompts, None, "prompt", args, self.ranks.count)

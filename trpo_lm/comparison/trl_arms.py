@@ -36,10 +36,11 @@ from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.prompts import Prompts, encode_prompt
 from trpo_lm.lm.rollout import MOST_ROWS, Batch
 from trpo_lm.seeds import derive_seed
+from trpo_lm.storage import Row
 from trpo_lm.training.artifacts import completion_lines
 from trpo_lm.training.assembly import Parts, prompts_of_update
 from trpo_lm.training.display import Display
-from trpo_lm.training.folder import OutputLock, Row, RunFolder
+from trpo_lm.training.folder import OutputLock, RunFolder
 from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.metrics import metrics_row, rollout_metrics
 from trpo_lm.training.ranks import Ranks
@@ -47,7 +48,7 @@ from trpo_lm.training.ranks import Ranks
 
 @dataclass(frozen=True)
 class Task:
-    """What TRL's run has in common with those of every other arm.
+    """The parts of a run that TRL's trainer shares with every other arm.
 
     Attributes:
         parts: Its policy copies TRL's parameters and is measured.
@@ -148,7 +149,7 @@ def _trainer(
 
 
 def _arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
-    """Return what makes TRL's run the same experiment; what is absent is TRL's default."""
+    """Return the settings that make TRL's run the same experiment; the rest are its defaults."""
     N = args.prompts_per_update * args.completions_per_prompt
     most = min(N, args.micro_batch_size or MOST_ROWS)
     micro = max(n for n in range(1, most + 1) if N % n == 0)

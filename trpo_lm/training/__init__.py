@@ -1,4 +1,4 @@
-"""Runs: the loop, several processes, checkpoints, the screen, and the folder a run leaves.
+"""Runs: the loop, several processes, checkpoints, console output, and the output folder.
 
 The only folder that imports accelerate. Imports everything above it.
 """

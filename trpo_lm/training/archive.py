@@ -1,7 +1,7 @@
-"""The files of a run over its life: claimed, resumed from, added to, completed.
+"""Reading and writing a run's files: lock, resume, log, save, results.
 
-Called by every rank. Rank 0 writes, except for its part of a checkpoint that each rank writes, and
-a failure of one is raised on all.
+Called by every rank. Rank 0 writes, but for the part of a checkpoint that each rank writes; a
+failure on one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Archive:
         self.ranks.on_main(lambda: self.folder.append(row, lines))
 
     def save_best(self, policy: BestPolicy) -> None:
-        """Put the present policy into best/."""
+        """Put the current policy into best/."""
         parts = self.parts
 
         def write(folder: Path) -> None:
@@ -175,6 +175,6 @@ class Archive:
             ) from error
 
     def save_model(self, folder: Path, samples: Sequence[Row]) -> None:
-        """Write what vanilla peft loads, and what belongs to it; on rank 0 alone."""
+        """Write the files that vanilla peft loads, with critic, settings and card; rank 0 only."""
         if self.ranks.main:
             artifacts.save_outcome(folder, self.folder, self.parts, self.settings, samples)

@@ -1,4 +1,4 @@
-"""What a run leaves: lines of its logs, and the folder that vanilla peft loads.
+"""Files of a run: lines of its logs, and the folder that vanilla peft loads.
 
 That folder holds adapter and tokenizer, and beside them critic, settings, figures and model card.
 """
@@ -19,9 +19,10 @@ from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.figures import plot_run
 from trpo_lm.report.model_card import model_card
+from trpo_lm.storage import Row
 from trpo_lm.training.assembly import Parts
 from trpo_lm.training.checkpoint import save_tensors
-from trpo_lm.training.folder import CRITIC, Row, RunFolder, Settings, save_settings
+from trpo_lm.training.folder import CRITIC, RunFolder, Settings, save_settings
 
 
 def completion_lines(rollout: Rollout, update: int) -> list[Row]:

@@ -28,7 +28,7 @@ from trpo_lm.training.folder import Settings
 
 @dataclass(frozen=True)
 class Data:
-    """The prompts of a run; the held-out ones are those of every evaluation."""
+    """The prompts of a run; every evaluation uses all the held-out ones."""
 
     train: Prompts
     held_out: Prompts | None = None
@@ -36,7 +36,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Parts:
-    """A policy with everything that its completions need: to be sampled, scored and valued."""
+    """A policy, and all that sampling, scoring and valuing its completions needs."""
 
     policy: Policy
     tokenizer: Any
@@ -196,7 +196,7 @@ def prompts_of_update(update: int, args: TrainerConfig, count: int) -> list[int]
 def run_settings(
     parts: Parts, algorithm: Any, args: TrainerConfig, prompts: Prompts, processes: int
 ) -> Settings:
-    """Return everything that decides what a run computes, as plain values."""
+    """Return all settings that decide the result of a run, as plain values."""
     policy, rewards = parts.policy, parts.rewards
     return {
         "model": policy.name,

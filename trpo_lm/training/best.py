@@ -102,16 +102,16 @@ def recover_best(run: RunFolder, update: int) -> BestPolicy | None:
     A best policy of a later update belongs to an abandoned continuation and is deleted. Where a
     killed process left several complete copies, the best of them becomes `best/`.
     """
-    found: list[tuple[float, Path, BestPolicy]] = []
+    complete: list[tuple[float, Path, BestPolicy]] = []
     folders = [run.best, *run.path.glob(f".tmp-{run.best.name}-*")]
     for folder in folders:
         try:
             policy = load_best(folder)
             if policy.update <= update and policy.score is not None:
-                found.append((float(policy.score), folder, policy))
+                complete.append((float(policy.score), folder, policy))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    _, kept, policy = max(found, key=lambda entry: entry[0], default=(0.0, None, None))
+    _, kept, policy = max(complete, key=lambda entry: entry[0], default=(0.0, None, None))
     for folder in folders:
         if folder.exists() and folder != kept:
             shutil.rmtree(folder)

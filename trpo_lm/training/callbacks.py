@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 
 from trpo_lm.config import TrainerConfig
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.training.folder import Row
+from trpo_lm.storage import Row
 from trpo_lm.training.ranks import Ranks
 
 _FLAGS = ("should_training_stop", "should_save", "should_evaluate", "should_log")

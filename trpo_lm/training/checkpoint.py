@@ -120,7 +120,7 @@ def save_checkpoint(
 
 
 def _attempt(work: Callable[[], None], folder: Path) -> Exception | None:
-    """Do something; return what it raised, an error of the disk as a RunFault."""
+    """Do something; return its exception, an error of the disk as a RunFault."""
     try:
         work()
     except Exception as error:
@@ -248,8 +248,6 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
         TrpoLMError: If there are checkpoints and every one is damaged: a run that was trained is
             not silently started afresh.
     """
-    if not run.path.is_dir():
-        return None
     if lock_holder(run.path) in (None, os.getpid()):
         for stale in run.path.glob(".tmp-checkpoint-*"):
             shutil.rmtree(stale, ignore_errors=True)

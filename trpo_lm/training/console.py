@@ -130,7 +130,7 @@ class Console:
         return rich.console.Group(self._latest, self._bar)
 
     def banner(self, facts: Mapping[str, Any], first_score: float | None = None) -> None:
-        """Show what is about to run, a line for each label and its value, and start the bar."""
+        """Show the banner, a line for each label and its value, and start the bar."""
         self._first_score = first_score
         width = max(map(len, facts), default=0)
         for label, value in facts.items():

@@ -1,6 +1,6 @@
-"""What a run shows: the start-up banner, samples on the way, and the tables at the end.
+"""Console output of a run: start-up banner, samples, final tables, and the `Display` they go to.
 
-A `Display` is anything that can show them; `console.Console` is the one of a single run.
+`console.Console` is the display of a single run, `sweep.Progress` that of many.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.model_card import summary
+from trpo_lm.storage import Row
 from trpo_lm.training.assembly import Parts
 from trpo_lm.training.best import BestPolicy
-from trpo_lm.training.folder import Row, RunFolder, Settings
+from trpo_lm.training.folder import RunFolder, Settings
 from trpo_lm.training.metrics import Evaluation
 
 
@@ -25,7 +26,7 @@ class Display(Protocol):
     """Where a run shows its progress."""
 
     def banner(self, facts: Mapping[str, Any], first_score: float | None) -> None:
-        """Show what is about to run.
+        """Show the start-up banner.
 
         Args:
             facts: Label and value of each line.
@@ -66,7 +67,7 @@ class Display(Protocol):
 
 
 def banner(parts: Parts, limits: Limits, settings: Settings) -> dict[str, str]:
-    """Return what is about to run, in at most 12 lines of label and value."""
+    """Return the start-up banner: label and value of at most 12 lines."""
     policy, processes = parts.policy, settings["world_size"]
     total, trained = sum(p.numel() for p in policy.model.parameters()), len(policy.parameters)
     facts = {
@@ -92,7 +93,7 @@ def banner(parts: Parts, limits: Limits, settings: Settings) -> dict[str, str]:
 
 
 def sampling_notes(parts: Parts) -> list[str]:
-    """Return in what sampling differs from what the model's own files suggest."""
+    """Return notes on how sampling differs from the model's own settings."""
     notes = []
     if parts.tokenizer.pad_token_id is None:
         notes.append("the tokenizer has no pad token: an end token fills the padding")
@@ -156,7 +157,7 @@ def show_outcome(
     after: Evaluation | None,
     best: BestPolicy | None,
 ) -> None:
-    """Show samples and scores before and after, what changed, where the files are, what is next."""
+    """Show samples and scores before and after, the changes, the files, and the next commands."""
     if before is not None and after is not None:
         display.samples(before_and_after(before, after), "held-out prompts, before and after")
         scores: list[list[Any]] = [

@@ -30,9 +30,14 @@ from safetensors import SafetensorError
 
 from trpo_lm.config import TrainerConfig
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.storage import append_json_line, read_json_lines, truncate_json_lines, write_through
+from trpo_lm.storage import (
+    Row,
+    append_json_line,
+    read_json_lines,
+    truncate_json_lines,
+    write_through,
+)
 
-Row = dict[str, Any]  # of a log
 Settings = dict[str, Any]  # content of config.yaml
 
 SETTINGS = "config.yaml"
@@ -126,7 +131,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return everything named like a checkpoint, newest first."""
-        named = [path for path in self.path.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+        named = [path for path in self.path.glob("*") if _CHECKPOINT.fullmatch(path.name)]
         return sorted(named, key=checkpoint_order, reverse=True)
 
 

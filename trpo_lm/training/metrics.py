@@ -21,7 +21,7 @@ from trpo_lm.errors import RunFault
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rollout import Batch, Rollout
-from trpo_lm.training.folder import Row
+from trpo_lm.storage import Row
 from trpo_lm.training.ranks import Ranks
 
 # "per completion" = summed over a completion's tokens, averaged over completions.
@@ -121,7 +121,7 @@ def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[Row, int, int]:
 
 
 def evaluation(batch: Batch, ranks: Ranks) -> Evaluation:
-    """Return what a rollout on held-out prompts measures."""
+    """Return the evaluation of a rollout on held-out prompts."""
     r = batch.rollout
     score, std = ranks.mean(r.scores.score[r.scores.valid])
     ref_kl = ranks.reduce(batch.ref_kl.double().sum().cpu())
@@ -130,7 +130,7 @@ def evaluation(batch: Batch, ranks: Ranks) -> Evaluation:
 
 
 def logged(values: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Return the mean over ranks of what reward functions logged; skipped rows are summed."""
+    """Return the means over ranks of the values reward functions logged; skipped rows add up."""
     parts = ranks.gather([values])
     columns = {name: [x[name] for x in parts if name in x] for x in parts for name in x}
     return {
@@ -228,9 +228,9 @@ CAUSES = {
 
 
 def notes(rows: Sequence[Row], size: int) -> list[str]:
-    """Return what is worth saying after the newest of all updates of `size` completions."""
-    found = budget_note(rows), noise_note(rows, size), stalled_note(rows)
-    return [note for note in found if note is not None]
+    """Return the notes due after the newest of all updates, of `size` completions each."""
+    due = budget_note(rows), noise_note(rows, size), stalled_note(rows)
+    return [note for note in due if note is not None]
 
 
 def budget_note(rows: Sequence[Row]) -> str | None:
@@ -242,7 +242,7 @@ def budget_note(rows: Sequence[Row]) -> str | None:
 
 
 def noise_note(rows: Sequence[Row], size: int) -> str | None:
-    """Return what to change when the gradient has become mostly noise; once in a run.
+    """Return advice when the gradient has become mostly noise; once in a run.
 
     Args:
         rows: Metrics of all updates so far, the newest last.

@@ -200,7 +200,7 @@ def _leave() -> None:
 
 
 def _shared(failure: Exception) -> TrpoLMError:
-    """Return what all ranks raise when one of them failed."""
+    """Return the error that all ranks raise when one of them failed."""
     if isinstance(failure, torch.OutOfMemoryError):
         return OutOfMemory(
             f"the device is out of memory{_peak()}: {failure}",
@@ -213,7 +213,7 @@ def _shared(failure: Exception) -> TrpoLMError:
 
 
 def _peak() -> str:
-    """Say how much memory was in use at most."""
+    """Return the peak of memory in use, as text."""
     if not torch.accelerator.is_available():
         return ""
     return f" (peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB)"

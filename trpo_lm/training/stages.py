@@ -1,4 +1,4 @@
-"""Named stages of a run: where its time goes, where it stopped, and where tests inject faults.
+"""Named stages of a run, for timings, for errors, and for faults that tests inject.
 
     start | updates: rollout score measure values update critic evaluate record checkpoint/* | end
 
@@ -28,7 +28,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Be in a stage inside the block."""
+        """Enter a stage for the block."""
         outer, self.name = self.name, name
         start = perf_counter()
         try:

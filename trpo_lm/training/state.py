@@ -1,4 +1,4 @@
-"""The state of a run between two updates: remembered, put back, saved and loaded.
+"""The state of a run between two updates: snapshot, restore, save, load.
 
 It is the policy's parameters, the critic's and the algorithm's state and three counters, nothing
 else: prompts and random numbers are functions of the seed and of the update's number.

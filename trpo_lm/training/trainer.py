@@ -31,6 +31,7 @@ from trpo_lm.core.advantages import returns
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
+from trpo_lm.storage import Row
 from trpo_lm.training import assembly, metrics
 from trpo_lm.training.archive import Archive
 from trpo_lm.training.best import BestPolicy, is_better
@@ -44,7 +45,7 @@ from trpo_lm.training.display import (
     sampling_notes,
     show_outcome,
 )
-from trpo_lm.training.folder import Row, require_usable
+from trpo_lm.training.folder import require_usable
 from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.memory import MicroBatch
 from trpo_lm.training.metrics import Evaluation
@@ -131,7 +132,7 @@ class Trainer:
     # ------------------------------------------------------------------ the run
 
     def train(self) -> list[Row]:
-        """Make all updates, write everything that a run leaves, and return the metrics rows.
+        """Make all updates, write the results, and return the metrics rows.
 
         Raises:
             TrpoLMError: If the folder or the checkpoint to resume from cannot be used.
