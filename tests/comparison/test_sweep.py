@@ -46,6 +46,6 @@ def test_a_setting_that_is_younger_than_a_result_had_its_default(tmp_path):
     sweep, file = a_sweep(tmp_path, []), tmp_path / "result.json"
     file.write_text(json.dumps({"spec": {"temperature": 1.0}}))
     spec = {"temperature": 1.0, "prefix_stride": 1, "accept_ratio": 0.1}
-    assert sweep._finished(file, spec, TRPO())
+    assert sweep.is_finished(file, spec, TRPO())
     with pytest.raises(TrpoLMError, match=r"other settings; accept_ratio: 0.1 -> 0.3"):
-        sweep._finished(file, spec | {"accept_ratio": 0.3}, TRPO())
+        sweep.is_finished(file, spec | {"accept_ratio": 0.3}, TRPO())

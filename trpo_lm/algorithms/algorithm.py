@@ -11,6 +11,7 @@ from trpo_lm.config import Limits
 from trpo_lm.core.parameters import ParameterVector, Reduce
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
+from trpo_lm.storage import Row
 
 State = TypeVar("State")
 Metrics = dict[str, float | str | bool | None]  # by names of training.metrics.METRICS
@@ -68,7 +69,7 @@ def with_default_lam(algorithm: Any, lam: float) -> Any:
     return algorithm if algorithm.lam is not None else replace(algorithm, lam=lam)
 
 
-def unpacked(state: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def unpacked(state: Any) -> tuple[Row, dict[str, Tensor]]:
     """Return a state's numbers, nested as its dataclasses are, and its tensors, by field."""
     values = {f.name: getattr(state, f.name) for f in fields(state)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -80,7 +81,7 @@ def unpacked(state: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return numbers, tensors
 
 
-def packed(state: Any, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+def packed(state: Any, numbers: Row, tensors: dict[str, Tensor]) -> Any:
     """Return a state with the numbers and tensors of `unpacked`.
 
     Args:

@@ -31,7 +31,7 @@ from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.statistics import bootstrap_interval
-from trpo_lm.storage import read_json_lines
+from trpo_lm.storage import Row, read_json_lines
 from trpo_lm.training.assembly import assemble, make_rewards
 from trpo_lm.training.best import load_best
 from trpo_lm.training.folder import (
@@ -129,7 +129,7 @@ def evaluate(
     completions: int = 4,
     seed: int = 0,
     judge: Callable[..., list[float]] | None = None,
-) -> dict[str, Any]:
+) -> Row:
     """Measure a policy and its reference on prompts that neither was trained on.
 
     Both are sampled with the same random numbers, and differences are taken prompt by prompt.
@@ -164,7 +164,7 @@ def evaluate(
         reference, reference_means = _measure(run, text, text, completions, judge)
     rollout = _sample(run, prompts, completions, seed)
     policy, policy_means = _measure(run, rollout, text, completions, judge)
-    difference: dict[str, Any] = {}
+    difference: Row = {}
     for kind, before in reference_means.items():
         gain = policy_means[kind] - before
         mean = float(gain.nanmean())
@@ -189,10 +189,10 @@ def _measure(
     text: Rollout,
     completions: int,
     judge: Callable[..., list[float]] | None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Row, dict[str, Tensor]]:
     """Return the results of `probe` with intervals, and the mean score of each prompt, (P,)."""
     verdicts = None if judge is None else judge(rollout.prompts, rollout.completions)
-    results: dict[str, Any] = probe(
+    results: Row = probe(
         run.policy,
         rollout,
         text,

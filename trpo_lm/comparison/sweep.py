@@ -200,7 +200,7 @@ class Sweep:
         self._text = self._sample(parts)
         few = range(min(self.limit_prompts, len(self.held_out)))
         spec = {**self.common, "limit_prompts": len(few), "limit_samples": self.limit_samples}
-        if self._finished(self.folder / "reference.json", spec):
+        if self.is_finished(self.folder / "reference.json", spec):
             return
         prompts, columns = self.held_out.take(few)
         scores = reference_scores(
@@ -218,10 +218,10 @@ class Sweep:
         spec = {**self.common, **own, "algorithm": arm.algorithm, **describe(arm.rule)}
         self.progress.start(f"{arm.name}, seed {seed}")
         before = self.progress.done
-        if self._finished(folder / "result.json", spec, arm.rule):
+        if self.is_finished(folder / "result.json", spec, arm.rule):
             self.progress.done = before + self.args.updates
             return
-        result: dict[str, Any] = {
+        result: Row = {
             "spec": spec, "arm": arm.name, "algorithm": arm.algorithm, "given": arm.given,
             "seed": seed,
         }  # fmt: skip
@@ -282,7 +282,7 @@ class Sweep:
             seed=(0, "compare"),
         )
 
-    def _measured(self, parts: Parts, rollout: Rollout) -> dict[str, Any]:
+    def _measured(self, parts: Parts, rollout: Rollout) -> Row:
         assert self._text is not None
         size = self.args.micro_batch_size
         held_out = probe(parts.policy, rollout, self._text, micro_batch_size=size, judge=self.judge)
@@ -296,7 +296,7 @@ class Sweep:
         ]
         return {"held_out": held_out, "samples": samples[:SHOWN]}
 
-    def _finished(self, file: Path, spec: dict[str, Any], rule: Any = None) -> bool:
+    def is_finished(self, file: Path, spec: Row, rule: Any = None) -> bool:
         """Whether a result exists, made with the same settings."""
         if not file.is_file():
             return False
@@ -315,7 +315,7 @@ class Sweep:
             )  # fmt: skip
         return True
 
-    def _write(self, file: Path, value: dict[str, Any]) -> None:
+    def _write(self, file: Path, value: Row) -> None:
         if self.ranks.main:
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, json.dumps(value, indent=1, allow_nan=False).encode())

@@ -10,7 +10,6 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from trpo_lm.cli import command_line
 from trpo_lm.lm.critic import Critic
@@ -78,7 +77,7 @@ def save_outcome(
         RunFolder(folder).card.write_text(card, encoding="utf-8")
 
 
-def _card_facts(parts: Parts, settings: Settings, samples: Sequence[Row]) -> dict[str, Any]:
+def _card_facts(parts: Parts, settings: Settings, samples: Sequence[Row]) -> Row:
     packages = ("trpo_lm", "torch", "transformers", "peft")
     return {
         "base_model": parts.policy.name,

@@ -21,13 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.storage import strict_json, sync, write_through
+from trpo_lm.storage import Row, strict_json, sync, write_through
 from trpo_lm.training.folder import (
     SETTINGS,
     RunFolder,
@@ -62,7 +61,7 @@ class Checkpoint:
 
     update: int
     tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
+    state: Row
     settings: Settings
 
 
@@ -289,7 +288,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _verify(path: Path) -> dict[str, Any]:
+def _verify(path: Path) -> Row:
     """Return the manifest of a complete checkpoint.
 
     Raises:
