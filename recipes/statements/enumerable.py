@@ -252,7 +252,7 @@ def build(
 
 
 def exact_update(tree: Tree, settings: TRPOSettings) -> tuple[float, Update]:
-    """Make the update of trpo.py with sums over all completions in place of means over a batch.
+    """Make the update of `TRPO` with sums over all completions in place of means over a batch.
 
     Returns eta before the update, and what the update did.
     """
