@@ -10,15 +10,29 @@ import torch
 
 import trpo_lm.algorithms.trpo
 import trpo_lm.lm.policy
-from trpo_lm.algorithms.trpo import TRPO
+from trpo_lm.algorithms.trpo import TRPO, learned
 from trpo_lm.config import TRPOSettings
-from trpo_lm.core.adaptation import KL_MARGIN, RadiusRatio, budget_on_batch
+from trpo_lm.core.adaptation import (
+    KL_MARGIN,
+    RadiusRatio,
+    ReferenceFilter,
+    budget_on_batch,
+    learn_radius,
+)
 from trpo_lm.core.advantages import whiten
-from trpo_lm.core.conjugate_gradient import conjugate_gradient
+from trpo_lm.core.conjugate_gradient import CGSolution, conjugate_gradient
 from trpo_lm.core.divergences import categorical_kl, token_logprobs
 from trpo_lm.core.fisher import twice_differentiable
-from trpo_lm.core.natural_step import Measurement, StepLimits, constrained_update, trust_region_step
-from trpo_lm.core.trust_region import plane_step
+from trpo_lm.core.line_search import Search
+from trpo_lm.core.natural_step import (
+    Measurement,
+    StepLimits,
+    Update,
+    constrained_update,
+    trust_region_step,
+)
+from trpo_lm.core.parameters import ParameterVector
+from trpo_lm.core.trust_region import Step, plane_step
 
 EXACT = {"cg_iterations": 400, "cg_tolerance": 1e-12, "damping": 0.0}
 WIDE = 10**6
@@ -262,3 +276,25 @@ def test_advantages_leave_abstaining_rows_at_zero():
     used = batch.rollout.action_mask & valid[:, None]
     assert float(A[used].mean()) == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(A, whiten(A, used, tiny.identity))
+
+
+def made_up_update(case, scale, *, budgeted=True):
+    """An update of a step with kl 0.04 and a change of R by 0.06 at full length."""
+    solution = CGSolution(torch.ones(2), torch.ones(2), 0.0, 1, "converged")
+    step = Step((1.0, 1.0), case, gain=0.1, kl=0.04, ref_change=0.06, alignment=0.5)
+    search = Search(scale, Measurement(0.1, 0.05, 0.55), () if scale else ("kl above max_kl",))
+    return Update(solution, solution if budgeted else None, step, search)
+
+
+def test_the_next_rollout_is_expected_where_the_accepted_step_was_predicted_to_lead():
+    before = TRPO().init_state(ParameterVector([torch.zeros(2)]))
+    before = replace(before, reference=ReferenceFilter(0.5, 0.02, expected=0.5, fitted=1.0))
+    after = learned(before, made_up_update("both", 0.5), R=0.5)
+    expected = 0.5 + 0.5 * (0.06 - 0.04) + 0.25 * 0.04
+    assert after.reference == ReferenceFilter(0.5, 0.02, pytest.approx(expected), fitted=1.0)
+    assert after.radius == learn_radius(before.radius, kl=0.05, predicted=0.01)
+    assert learned(before, made_up_update("old", 1.0), R=0.5).reference.fitted == 0.0
+    without = learned(before, made_up_update("old", 1.0, budgeted=False), R=0.5)
+    assert without.reference.expected == pytest.approx(0.5 + 0.55 - 0.5)
+    rejected = learned(before, made_up_update("both", 0.0), R=0.5)
+    assert rejected == replace(before, reference=replace(before.reference, fitted=0.0))
