@@ -68,6 +68,16 @@ def test_a_state_without_its_younger_fields_is_a_fresh_one_there():
     assert state.radius == fresh.radius
 
 
+def test_a_field_that_is_none_comes_back_as_none():
+    """Not as the fresh state's value, and not as a state with a field too few."""
+    policy = tiny.policy()
+    fresh = TRPO().init_state(policy.parameters)
+    state = replace(fresh, reference=replace(fresh.reference, drift=0.5, expected=None))
+    numbers, tensors = unpacked(state)
+    other = replace(fresh, reference=replace(fresh.reference, expected=3.0))
+    assert packed(other, json.loads(json.dumps(numbers)), tensors).reference == state.reference
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_metrics_are_names_of_the_vocabulary(name):
     _, _, rows = make_updates(RULES[name], 2)

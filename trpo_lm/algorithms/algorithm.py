@@ -76,7 +76,7 @@ def unpacked(state: Any) -> tuple[Row, dict[str, Tensor]]:
     numbers = {
         name: unpacked(value)[0] if is_dataclass(value) else value
         for name, value in values.items()
-        if name not in tensors and value is not None
+        if name not in tensors
     }
     return numbers, tensors
 
