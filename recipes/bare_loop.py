@@ -47,7 +47,7 @@ def main():
         # sample completions from pi_old and score them
         chosen = torch.randperm(len(prompts), generator=generator(SEED, update))[:N]
         rollout = mdp.rollout(policy, [prompts[i] for i in chosen.tolist()], seed=(SEED, update))
-        batch = Batch.from_rollout(policy, rollout, micro_batch_size=64)
+        batch = Batch.from_rollout(policy, rollout)
 
         # credit: A_t by GAE; the critic learns from a batch only after it was applied to it
         mask, valid, scores = rollout.action_mask, rollout.scores.valid, mdp.prefix_scores(rollout)

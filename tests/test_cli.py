@@ -201,7 +201,7 @@ def test_C02_wrong_type_on_the_command_line(words, what):
 def test_C02_every_mistake_is_told_at_once(yaml_file):
     file = yaml_file("max_k1: 0.1\nupdates: 3.7\ngamma: 7\nseed: 1\nseed: 2\n")
     with pytest.raises(TrpoLMError) as error:
-        read("--micro_batch_size", "0", "--bf16", "maybe", file=file)
+        read("--micro_batch_tokens", "0", "--bf16", "maybe", file=file)
     text = str(error.value)
     for part in (
         "6 settings are wrong",
@@ -209,7 +209,7 @@ def test_C02_every_mistake_is_told_at_once(yaml_file):
         f"updates must be a whole number, not 3.7 ({file}, line 2)",
         f"it must be in (0, 1] (gamma: {file}, line 3)",
         f"seed is set twice, first in line 4 ({file}, line 5)",
-        "at least 1 (micro_batch_size: command line)",
+        "at least 1 (micro_batch_tokens: command line)",
         "bf16 must be true or false, not maybe (command line)",
     ):
         assert part in text

@@ -30,7 +30,7 @@ BROKEN_TRAINER = {
     "temperature": [0, 0.0, -1.0, math.nan, math.inf, "hot"],
     "updates": [0, 3.7, [1, 2], None, True],
     "prompts_per_update": [0], "completions_per_prompt": [0], "max_completion_length": [0, -3],
-    "micro_batch_size": [0], "prefix_stride": [0], "logging_steps": [0], "eval_steps": [-1],
+    "micro_batch_tokens": [0], "prefix_stride": [0], "logging_steps": [0], "eval_steps": [-1],
     "eval_prompts": [0], "save_steps": [-1], "save_total_limit": [0], "seed": [-1, 0.5],
     "truncate_prompts": ["right"], "critic": ["learned"], "on_bad_reward": ["ignore"],
     "reward_weights": [[], [0.0], [math.nan, 1.0], [1.0, "x"]], "reward_timeout": [0, -1.0],

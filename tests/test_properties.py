@@ -50,12 +50,13 @@ def laid_out(rollout, order, left, right, filling):
     )  # fmt: skip
 
 
-def consequences(kind, rollout, advantages, micro_batch_size):
+def consequences(kind, rollout, advantages, micro_batch_tokens):
     """Return all that an update makes of a batch; the policy is put back after it."""
     policy = sampled(kind)[0]
     theta = policy.parameters
     before = theta.snapshot()
-    batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
+    policy.room.most = micro_batch_tokens
+    batch = Batch.from_rollout(policy, rollout)
     objective = tiny.objective(policy, batch, advantages)
     g, b = objective.gradients(reference=True)
     algorithm = TRPO(max_kl=0.05, max_ref_kl=0.4, fisher_completions=N, cg_iterations=5)
@@ -71,7 +72,7 @@ def consequences(kind, rollout, advantages, micro_batch_size):
 @cache
 def plain(kind):
     _, rollout, advantages = sampled(kind)
-    return consequences(kind, rollout, advantages, N)
+    return consequences(kind, rollout, advantages, 999)
 
 
 def assert_same(found, expected):
@@ -86,15 +87,15 @@ def assert_same(found, expected):
     left=st.integers(0, 4),
     right=st.integers(0, 3),
     filling=st.integers(0, tiny.V - 1),
-    micro_batch_size=st.integers(1, N + 1),
+    micro_batch_tokens=st.integers(1, 14 * N),
 )
 def test_layout_leaves_gradients_distances_and_step_alone(
-    kind, order, left, right, filling, micro_batch_size
+    kind, order, left, right, filling, micro_batch_tokens
 ):
     _, rollout, advantages = sampled(kind)
     other = laid_out(rollout, order, left, right, filling)
     moved = pad(advantages[order], (0, right))
-    assert_same(consequences(kind, other, moved, micro_batch_size), plain(kind))
+    assert_same(consequences(kind, other, moved, micro_batch_tokens), plain(kind))
 
 
 @few

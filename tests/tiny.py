@@ -112,12 +112,13 @@ def mdp(reward=None, *, length=5, tok=None, eos=STOPS, **options):
     )
 
 
-def batch(policy, *, prompts=PROMPTS, each=2, length=5, seed=0, micro_batch_size=3, **options):
+def batch(policy, *, prompts=PROMPTS, each=2, length=5, seed=0, micro_batch_tokens=24, **options):
     """Return a rollout with what old policy and reference say of it."""
     rollout = mdp(length=length, **options).rollout(
         policy, prompts, completions_per_prompt=each, seed=(seed,)
     )
-    return Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
+    policy.room.most = micro_batch_tokens
+    return Batch.from_rollout(policy, rollout)
 
 
 def advantages(batch):

@@ -71,8 +71,10 @@ class TRPOSettings:
         "added to the Fisher's diagonal, in units of its Rayleigh quotient along the gradient; "
         "default: the measured noise scale in batches",
     )
-    fisher_completions: int = option(
-        32, "completions (over all processes) whose tokens make up the Fisher products"
+    fisher_completions: int | None = option(
+        None,
+        "completions (over all processes) whose tokens make up the Fisher products; default: a "
+        "sixteenth of the batch, fewer where memory is short",
     )
     line_search_trials: int = option(
         8, "most step lengths to try before the step is rejected; 0: take the full step (NPG)"
@@ -101,7 +103,10 @@ class TRPOSettings:
                     self.damping is None or _number(self.damping, least=0),
                     "a number of at least 0, or None",
                 ),
-                "fisher_completions": (_whole(self.fisher_completions, 1), "at least 1"),
+                "fisher_completions": (
+                    self.fisher_completions is None or _whole(self.fisher_completions, 1),
+                    "at least 1, or None",
+                ),
                 "line_search_trials": (_whole(self.line_search_trials, 0), "at least 0"),
                 "backtrack_ratio": (
                     _number(self.backtrack_ratio, above=0, most=0.999),
@@ -194,10 +199,9 @@ class TrainerConfig:
     truncate_prompts: str = option(
         "error", "prompts too long for the model: 'error', or 'left' to drop their beginning"
     )
-    micro_batch_size: int | None = option(
+    micro_batch_tokens: int | None = option(
         None,
-        "completions per forward pass; changes memory, not results; default: 64, or the power of "
-        "two that fits in memory",
+        "most tokens in one pass; changes memory, not results; default: as many as fit in memory",
     )
     critic: str = option("auto", "'auto', 'prefix', 'value_head' or 'none'")
     prefix_stride: int = option(
@@ -255,8 +259,8 @@ class TrainerConfig:
             }
             | {
                 "temperature": (_number(self.temperature, above=0), "a number above 0"),
-                "micro_batch_size": (
-                    self.micro_batch_size is None or _whole(self.micro_batch_size, 1),
+                "micro_batch_tokens": (
+                    self.micro_batch_tokens is None or _whole(self.micro_batch_tokens, 1),
                     "None or a whole number of at least 1",
                 ),
                 "truncate_prompts": (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
-from trpo_lm.lm.rollout import Batch
+from trpo_lm.lm.rollout import Batch, micro_batches
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
 LAMBDAS = (0.0, 0.5, 0.8, 0.95, 1.0)
@@ -94,7 +94,7 @@ def _measure(a: Arguments, seed: int, tokenizer) -> dict:
         r = mdp.rollout(
             policy, chosen, completions_per_prompt=a.completions, columns=columns, seed=(seed, i)
         )
-        batch, mask = Batch.from_rollout(policy, r, micro_batch_size=64), r.action_mask
+        batch, mask = Batch.from_rollout(policy, r), r.action_mask
         scores = mdp.prefix_scores(r) if rewards.can_score_prefixes else None
         targets = returns(r.rewards, mask, gamma=1.0)
         if i >= a.fit_batches:
@@ -107,7 +107,7 @@ def _measure(a: Arguments, seed: int, tokenizer) -> dict:
                     advantages[f"{name}, lambda {lam:g}"] = A
             flat = [A[mask].float() for A in advantages.values()]
             total = torch.zeros(len(flat), len(policy.parameters))
-            for part, tokens in batch.micro_batches():
+            for part, tokens in micro_batches(policy, r, "gradient"):
                 features = policy.features(*r.model_inputs(part))
 
                 def slopes(logprobs, s, tokens=tokens, actions=batch.actions, flat=flat):

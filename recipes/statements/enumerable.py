@@ -182,7 +182,7 @@ class Tree:
             rewards=rewards,
             scores=self.mdp.rewards(prompts, texts, [list(c) for _, c in chosen], {}),
         )
-        batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=64)
+        batch = Batch.from_rollout(self.policy, rollout)
         with torch.no_grad():
             A = self.advantages(self.table()).flatten()[self.steps[pick]] * mask
         return BatchObjective(self.policy, batch, A, alone)

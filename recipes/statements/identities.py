@@ -210,7 +210,7 @@ def statement_5(tree: Tree) -> list[Line]:
     theta, old = tree.policy.parameters, tree.table().detach()
     snapshot = theta.snapshot()
     rollout = tree.mdp.rollout(tree.policy, tree.prompts, completions_per_prompt=2048, seed=(5,))
-    batch = Batch.from_rollout(tree.policy, rollout, micro_batch_size=4096)
+    batch = Batch.from_rollout(tree.policy, rollout)
     index = {c: y for y, c in enumerate(tree.completions)}
     rows = zip(rollout.groups.tolist(), map(tuple, rollout.completion_ids), strict=True)
     drawn = torch.tensor([index[row] for row in rows])

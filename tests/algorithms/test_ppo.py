@@ -195,7 +195,7 @@ def every_completion(policy):
         scores=RewardBatch(zeros, torch.ones(N, dtype=torch.bool), zeros, None, {}, {}),
         score_seconds=0.0,
     )
-    batch = Batch.from_rollout(policy, rollout, micro_batch_size=64)
+    batch = Batch.from_rollout(policy, rollout)
     return batch, rollout.padded(batch.old_logprobs).sum(-1).exp()
 
 
@@ -238,7 +238,7 @@ def part_of(policy, batch, rows):
         rewards=r.rewards[rows],
     )
     A = r.padded(tiny.advantages(batch))[rows]
-    return Batch.from_rollout(policy, chosen, micro_batch_size=3), A
+    return Batch.from_rollout(policy, chosen), A
 
 
 def test_two_ranks_are_one_process():

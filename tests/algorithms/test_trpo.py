@@ -56,7 +56,7 @@ def well_posed():
         peft=tiny.lora(target_modules=["c_fc"]),
         spread=0.4,
     )
-    return policy, tiny.batch(policy, each=24, micro_batch_size=512)
+    return policy, tiny.batch(policy, each=24, micro_batch_tokens=10**6)
 
 
 def exact_step(policy, batch, delta=1e-3):
@@ -122,7 +122,7 @@ def test_N06_N11_accepted_steps_keep_both_distances(kind):
     state = algorithm.init_state(policy.parameters)
     accepted = 0
     for seed in range(8):
-        batch = tiny.batch(policy, each=8, seed=seed, micro_batch_size=64)
+        batch = tiny.batch(policy, each=8, seed=seed, micro_batch_tokens=10**6)
         k = float(batch.ref_kl.sum()) / count(batch)
         error = tiny.objective(policy, batch).reference_kl()[1]
         _, budget = budget_on_batch(state.reference, k=k, error=error, budget=0.05)
@@ -139,13 +139,13 @@ def test_N06_N11_accepted_steps_keep_both_distances(kind):
         if budget >= k:
             assert now.gain > 0
     assert accepted >= 4
-    fresh = tiny.batch(policy, each=200, seed=99, micro_batch_size=512)
+    fresh = tiny.batch(policy, each=200, seed=99, micro_batch_tokens=10**6)
     assert 0.3 * 0.05 < float(fresh.ref_kl.sum()) / count(fresh) <= 0.05 * 1.25
 
 
 def test_N03_the_first_step_from_a_fresh_adapter_is_finite_and_uses_the_radius():
     policy = tiny.policy("llama", peft=tiny.lora(r=2))
-    batch = tiny.batch(policy, each=8, micro_batch_size=64)
+    batch = tiny.batch(policy, each=8, micro_batch_tokens=10**6)
     algorithm = TRPO(max_kl=0.02, max_ref_kl=None)
     row = algorithm.update(tiny.objective(policy, batch), algorithm.init_state(policy.parameters))[
         1
@@ -164,7 +164,7 @@ def test_R13_scale_and_shift_of_rewards_leave_the_step_alone():
     found = []
     for scale, shift in ((1.0, 0.0), (1e12, 0.0), (1.0, 1e9), (1e-6, 0.0)):
         policy = tiny.policy("llama", spread=0.3)
-        batch = tiny.batch(policy, each=8, micro_batch_size=64)
+        batch = tiny.batch(policy, each=8, micro_batch_tokens=10**6)
         noise = torch.Generator().manual_seed(1)
         n, T = len(batch.rollout), batch.rollout.action_mask.shape[1]
         score = torch.rand(n, generator=noise, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_the_step_inside_the_plane_of_both_gradients_with_truncated_solves():
     """The promises of the step hold, though 3 damped iterations solve little."""
     policy = tiny.policy(dtype=torch.float64, spread=0.4,
                          peft=tiny.lora(target_modules=["c_attn"]))  # fmt: skip
-    batch = tiny.batch(policy, each=4, micro_batch_size=64)
+    batch = tiny.batch(policy, each=4, micro_batch_tokens=10**6)
     N, theta = count(batch), policy.parameters
     g, b = tiny.mean_gradients(policy, batch)
     F = tiny.dense(tiny.objective(policy, batch).fisher(WIDE), theta.size)

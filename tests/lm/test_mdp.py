@@ -8,7 +8,6 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
-import trpo_lm.lm.rollout
 from trpo_lm.core.divergences import token_logprobs
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.mdp import end_token_ids, ignored_sampling
@@ -124,7 +123,7 @@ def test_T09_an_empty_completion_has_length_one_and_a_reward():
     rollout = mdp.rollout(policy, tiny.PROMPTS)
     assert said == [""] * 4 and rollout.lengths.tolist() == [1] * 4
     assert rollout.rewards.tolist() == [[2.0, 0, 0, 0, 0]] * 4 and not rollout.truncated.any()
-    batch = Batch.from_rollout(policy, rollout, micro_batch_size=2)
+    batch = Batch.from_rollout(policy, rollout)
     assert torch.isfinite(batch.old_logprobs).all() and len(batch.actions) == 4
     assert mdp.prefix_texts(rollout) == [[""]] * 4
 
@@ -162,7 +161,7 @@ def test_T04_masks_come_from_lengths_though_pad_is_eos_and_eos_is_sampled(policy
     assert a.completion_ids == b.completion_ids
     assert torch.equal(a.action_mask, b.action_mask) and torch.equal(a.rewards, b.rewards)
     assert any(ids[-1] == without.pad_token_id for ids in b.completion_ids)
-    one, two = (Batch.from_rollout(policy, r, micro_batch_size=3).old_logprobs for r in (a, b))
+    one, two = (Batch.from_rollout(policy, r).old_logprobs for r in (a, b))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
@@ -218,35 +217,18 @@ def test_prompts_are_padded_left_and_completions_right(policy):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "neox"])
 def test_T07_mixed_lengths_in_one_batch_equal_one_by_one(kind):
     policy = tiny.policy(kind, spread=0.3)
-    batch = tiny.batch(policy, each=3, micro_batch_size=64)
+    batch = tiny.batch(policy, each=3, micro_batch_tokens=10**6)
     rollout = batch.rollout
     assert len(set(rollout.attention_mask.sum(-1).tolist())) >= 4
     with torch.no_grad():
         alone = tiny.own_logits(policy, rollout).log_softmax(-1)
     alone = token_logprobs(alone, rollout.actions)
     assert float((batch.old_logprobs - alone).abs().max()) <= 1e-5
-    for size in (1, 2, 5):
-        again = Batch.from_rollout(policy, rollout, micro_batch_size=size)
+    for size in (1, 25, 60):
+        policy.room.most = size
+        again = Batch.from_rollout(policy, rollout)
         assert float((again.old_logprobs - alone).abs().max()) <= 1e-5
         assert float((again.ref_kl - batch.ref_kl).abs().max()) <= 1e-5
-
-
-def test_without_a_size_micro_batches_are_what_memory_allows_and_change_no_number(monkeypatch):
-    policy = tiny.policy(dtype=torch.float64, spread=0.3)
-    batch = tiny.batch(policy, each=3, micro_batch_size=64)
-    rollout = batch.rollout
-    assert Batch.from_rollout(policy, rollout).micro_batch_size == 64
-    longest = rollout.attention_mask.sum(-1).argmax()[None]
-    one = policy.graph_bytes(*rollout.model_inputs(longest))
-    pair = policy.graph_bytes(*rollout.model_inputs(longest.repeat(2)))
-    assert 1.6 * one < pair < 2.1 * one  # masks and angles are shared
-    weights = sum(p.nbytes for p in policy.model.parameters())
-    for fits, size in ((0, 1), (1, 1), (5, 4), (1000, 64)):
-        monkeypatch.setattr(trpo_lm.lm.rollout, "memory", lambda _, n=fits: weights + 8 * n * one)
-        again = Batch.from_rollout(policy, rollout)
-        assert again.micro_batch_size == size
-        torch.testing.assert_close(again.old_logprobs, batch.old_logprobs, rtol=0, atol=1e-9)
-        torch.testing.assert_close(again.ref_kl, batch.ref_kl, rtol=0, atol=1e-9)
 
 
 def test_flat_order_and_token_index(policy):
@@ -259,9 +241,7 @@ def test_flat_order_and_token_index(policy):
     rows = torch.tensor([4, 0, 2])
     expected = [*chain(*(rollout.completion_ids[i] for i in rows))]
     assert rollout.actions[rollout.token_index(rows)].tolist() == expected
-    parts = list(rollout.micro_batches(5))
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(rollout)))
-    assert list(rollout.micro_batches(5, torch.tensor([], dtype=torch.long))) == []
+    assert rollout.micro_batches(5, torch.tensor([], dtype=torch.long)) == []
 
 
 # ---- the sampler is the policy ----
@@ -286,7 +266,7 @@ def scores_and_tokens(policy, mdp, monkeypatch, prompts, n):
 def test_K01_the_sampler_draws_from_the_tempered_policy(kind, monkeypatch):
     policy = tiny.policy(kind, spread=0.3, temperature=0.7)
     scores, rollout = scores_and_tokens(policy, tiny.mdp(), monkeypatch, tiny.PROMPTS, 4)
-    batch = Batch.from_rollout(policy, rollout, micro_batch_size=4)
+    batch = Batch.from_rollout(policy, rollout)
     recomputed = rollout.padded(batch.old_logprobs)
     T = rollout.action_mask.shape[1]
     sampled = torch.stack(scores[:T], dim=1).log_softmax(-1)  # (N, T, V)

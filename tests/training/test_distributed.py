@@ -89,7 +89,7 @@ def updates_of(algorithm, prefix, dtype):
         rollout = mdp.rollout(policy, runs.PROMPTS, completions_per_prompt=2, seed=("D01", update))
         if ranks.count > 1:
             rollout = share(rollout, list(PARTS[ranks.rank]))
-        batch = Batch.from_rollout(policy, rollout, micro_batch_size=3)
+        batch = Batch.from_rollout(policy, rollout)
         mask, valid = rollout.action_mask, rollout.scores.valid
         rewards = algorithm.rewards(batch, state)
         targets = returns(rewards, mask, gamma=1.0)

@@ -184,7 +184,7 @@ def test_N06_N11_every_step_of_a_run_keeps_both_distances(tmp_path, capsys, kind
         if row["trust_region/case"] == "old":
             assert row["trust_region/actual_gain"] > 0
     assert {row["trust_region/case"] for row in rows} & {"ref", "both", "recover"}
-    fresh = Batch.from_rollout(made.policy, made.after.rollout, micro_batch_size=64)
+    fresh = Batch.from_rollout(made.policy, made.after.rollout)
     spread = float(fresh.rollout.padded(fresh.ref_kl).sum(-1).std())
     error = spread * math.sqrt(1 / 140 + 1 / len(fresh.rollout))
     assert 0.5 * K < made.after.ref_kl < K + 2 * error < 1.2 * K

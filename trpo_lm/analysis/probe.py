@@ -22,7 +22,6 @@ def probe(
     rollout: Rollout,
     text: Rollout,
     *,
-    micro_batch_size: int | None,
     judge: Judge | None = None,
 ) -> dict[str, float | None]:
     """Measure a policy on its own held-out completions and on the reference's.
@@ -31,7 +30,6 @@ def probe(
         policy: At the parameters to measure.
         rollout: Sampled from it, the same number of completions for each prompt.
         text: Sampled from the reference; forgetting is measured on it.
-        micro_batch_size: Completions per forward pass.
         judge: Scores prompts and completions.
 
     Returns:
@@ -39,8 +37,8 @@ def probe(
         entropy, `nll` and `nll_reference` on `text` (nats per token); share of distinct pairs of
         neighbouring tokens and of repeated completions, over the first completion of each prompt.
     """
-    batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
-    baseline = Batch.from_rollout(policy, text, micro_batch_size=micro_batch_size)
+    batch = Batch.from_rollout(policy, rollout)
+    baseline = Batch.from_rollout(policy, text)
     N, valid = len(rollout), rollout.scores.valid
     first = torch.cat([torch.tensor([True]), rollout.groups[1:] != rollout.groups[:-1]])
     ids = [row for row, keep in zip(rollout.completion_ids, first, strict=True) if keep]

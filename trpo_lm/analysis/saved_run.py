@@ -196,7 +196,6 @@ def _measure(
         run.policy,
         rollout,
         text,
-        micro_batch_size=run.settings["micro_batch_size"],
         judge=None if verdicts is None else lambda *_: verdicts,
     )
     scores = rollout.scores

@@ -66,9 +66,7 @@ def token_rows(run: FinishedRun, rollout: Rollout, row: int = 0) -> list[Row]:
         advantage in units of the score. Values and advantages are None without a critic, all three
         without a score.
     """
-    batch = Batch.from_rollout(
-        run.policy, rollout, micro_batch_size=run.settings["micro_batch_size"]
-    )
+    batch = Batch.from_rollout(run.policy, rollout)
     mask = rollout.action_mask
     credit: dict[str, list[float]] = {}
     if bool(rollout.scores.valid[row]):

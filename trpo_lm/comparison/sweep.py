@@ -178,7 +178,7 @@ class Sweep:
             **describe(args), "model": model, "reward_model": reward, "judge": judge,
             "prompts": len(prompts), "held_out": len(held_out), "completions": completions,
         }  # fmt: skip
-        free = {*FREE, "seed", "micro_batch_size"} - {"updates"}
+        free = {*FREE, "seed", "micro_batch_tokens"} - {"updates"}
         self.common = {k: v for k, v in common.items() if k not in free}
         self._text: Rollout | None = None  # the reference's own held-out completions
 
@@ -284,8 +284,7 @@ class Sweep:
 
     def _measured(self, parts: Parts, rollout: Rollout) -> Row:
         assert self._text is not None
-        size = self.args.micro_batch_size
-        held_out = probe(parts.policy, rollout, self._text, micro_batch_size=size, judge=self.judge)
+        held_out = probe(parts.policy, rollout, self._text, judge=self.judge)
         samples = [
             {
                 "prompt": rollout.prompts[i],

@@ -34,7 +34,7 @@ from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.loading import default_lora
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.prompts import Prompts, encode_prompt
-from trpo_lm.lm.rollout import MOST_ROWS, Batch
+from trpo_lm.lm.rollout import Batch
 from trpo_lm.seeds import derive_seed
 from trpo_lm.storage import Row
 from trpo_lm.training.artifacts import completion_lines
@@ -44,6 +44,8 @@ from trpo_lm.training.folder import OutputLock, RunFolder
 from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.metrics import metrics_row, rollout_metrics
 from trpo_lm.training.ranks import Ranks
+
+MOST_ROWS = 64  # completions in one pass of TRL's
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def _trainer(
 def _arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
     """Return the settings that make TRL's run the same experiment; the rest are its defaults."""
     N = args.prompts_per_update * args.completions_per_prompt
-    most = min(N, args.micro_batch_size or MOST_ROWS)
+    most = min(N, MOST_ROWS)
     micro = max(n for n in range(1, most + 1) if N % n == 0)
     return {
         "output_dir": args.output_dir,
@@ -228,8 +230,7 @@ class _Observer(TrainerCallback):
             {name: columns[name] for name in task.prompts.columns},
             columns.get("trainer_state"),
         )
-        size = task.args.micro_batch_size
-        self.batch = Batch.from_rollout(task.parts.policy, self.rollout, micro_batch_size=size)
+        self.batch = Batch.from_rollout(task.parts.policy, self.rollout)
         self.seconds = {
             "time/rollout": sampled_at - self.clock,
             "time/score": self.rollout.score_seconds,

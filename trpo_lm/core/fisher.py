@@ -2,17 +2,21 @@
 
     F = Hessian of D(theta) at theta_old = E[ J^T (diag p - p p^T) J ],   J = d logits / d theta
 
-One product costs about one forward+backward of the same tokens, in three steps:
+Three ways, for three budgets of memory:
 
-    v -> J v          a vector-Jacobian product is linear in its cotangent u; differentiating the
-                      retained graph of J^T u by u, along v, gives J v ("double vjp")
+`FisherOperator`   retains a graph and makes any number of products with it:
+    v -> J v       a vector-Jacobian product J^T u is linear in its cotangent u; differentiating its
+                   graph by u, along v, gives J v ("double vjp")
     z -> (diag p - p p^T) z      in closed form, chunk by chunk through the output layer
-    c -> J^T c        one more vector-Jacobian product
+    c -> J^T c     one more vector-Jacobian product
+`ForwardFisher`    is as exact and retains nothing: J v by forward-mode differentiation, without a
+                   graph, then J^T c on a fresh one. A product costs more than twice as much.
+`ScoreFisher`      needs first derivatives only, of scores s = grad log pi(y) of sampled actions:
+                   F = E[s s^T], exact in expectation. For kernels without the derivatives that the
+                   others need: fused attention, quantised weights, half precision.
 
-The graph is built once an update, on a subset of whole completions, with the mathematical attention
-kernel (the fused kernels have no second derivative) and with elementwise activations linearised
-once: the Jacobian needs only their slope. A model whose layers have no second derivative
-(hand-written kernels, quantised weights) gets its products as finite differences of grad D.
+The first two use the mathematical attention kernel, and elementwise activations whose slope is
+computed once: the Jacobian needs no more.
 
 Source: the Gauss-Newton form of the Fisher, Martens (2020), arXiv:1412.1193, section 9.2; the
 double-vjp trick is due to J. Townsend (2017).
@@ -20,7 +24,6 @@ double-vjp trick is due to J. Townsend (2017).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,9 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trpo_lm.core.parameters import ParameterVector, Reduce
 
-Curvature = Callable[[Tensor], Tensor]
-
-NUDGE = 3e-5  # KL of the move behind a finite difference, nats per completion
+Linear = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def linearised_activations(activations: Sequence[torch.nn.Module]) -> Iterator[N
                 module.forward = forward
 
 
-def softmax_curvature(logprobs: Tensor) -> Curvature:
+def softmax_curvature(logprobs: Tensor) -> Linear:
     """Return z -> (diag p - p p^T) z for log-probabilities (n, V): the Fisher of the logits."""
     p = logprobs.exp()
 
@@ -90,13 +91,27 @@ def softmax_curvature(logprobs: Tensor) -> Curvature:
     return product
 
 
-def pullback(theta: ParameterVector, outputs: Tensor, u: Tensor) -> list[Tensor]:
-    """Return J^T u for each parameter, with a graph in which it is linear in u."""
-    parts = torch.autograd.grad(
-        outputs, theta.tensors, grad_outputs=u, create_graph=True, allow_unused=True,
-        materialize_grads=True,
-    )  # fmt: skip
-    return list(parts)
+def pullback(theta: ParameterVector, outputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return u = 0 and J^T u for each parameter, with a graph in which it is linear in u.
+
+    Everything that this graph saves and that depends on u is zero, and is kept as one zero: it
+    serves derivatives by theta, which nobody takes. The graph then holds little more than that of
+    the outputs does; otherwise it would hold twice as much.
+    """
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, Tensor]:
+        return saved if saved.any() else (saved.shape, saved.new_zeros(()))
+
+    def unpack(kept: Tensor | tuple[torch.Size, Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[1].expand(kept[0])
+
+    u = torch.zeros_like(outputs, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        parts = torch.autograd.grad(
+            outputs, theta.tensors, grad_outputs=u, create_graph=True, allow_unused=True,
+            materialize_grads=True,
+        )  # fmt: skip
+    return u, list(parts)
 
 
 class FisherOperator:
@@ -114,16 +129,15 @@ class FisherOperator:
     def __init__(
         self,
         theta: ParameterVector,
-        pieces: Sequence[tuple[Tensor, Curvature]],
+        pieces: Sequence[tuple[Tensor, Linear]],
         *,
         count: float = 1.0,
         reduce: Reduce = lambda t: t,
     ):
         self.theta, self.count, self.reduce = theta, count, reduce
-        self.pieces: list[tuple[Tensor, Curvature, Tensor, list[Tensor]]] = []
+        self.pieces: list[tuple[Tensor, Linear, Tensor, list[Tensor]]] = []
         for outputs, curvature in pieces:
-            u = torch.zeros_like(outputs, requires_grad=True)
-            self.pieces.append((outputs, curvature, u, pullback(theta, outputs, u)))
+            self.pieces.append((outputs, curvature, *pullback(theta, outputs)))
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return F v, (M,)."""
@@ -137,19 +151,13 @@ class FisherOperator:
         return self.reduce(total) / self.count
 
 
-class FiniteDifference:
-    """v -> F v as the change of grad D over a short move along v: first derivatives only.
-
-        F v = (grad D(theta_old + eps v) - grad D(theta_old - eps v)) / (2 eps) + O(eps^2)
-
-    A product costs two forward+backwards of D, and keeps nothing for the next. Rounding error grows
-    as eps falls and truncation error as it rises: eps is chosen so that D changes by about `NUDGE`.
-    (grad D(theta_old) = 0 would allow one-sided differences at half the cost, but in float32 no eps
-    brings their error below 0.3% on a 1.6M-parameter LM.) The move is undone bit for bit.
+class ForwardFisher:
+    """v -> F v without a graph that outlives a product.
 
     Args:
-        theta: Parameters, M numbers, at theta_old.
-        slope: Returns grad D at the current theta as a sum over this rank's completions, (M,).
+        theta: Parameters, M numbers.
+        pieces: For each part of the batch, three functions: v -> J v by forward-mode
+            differentiation; its curvature, as in `FisherOperator`; c -> J^T c, (M,). Summed.
         count: Completions the sum is divided by, over all ranks.
         reduce: Sums a tensor over ranks.
     """
@@ -157,66 +165,62 @@ class FiniteDifference:
     def __init__(
         self,
         theta: ParameterVector,
-        slope: Callable[[], Tensor],
+        pieces: Sequence[tuple[Linear, Linear, Linear]],
         *,
         count: float = 1.0,
         reduce: Reduce = lambda t: t,
     ):
-        self.theta, self.slope, self.count, self.reduce = theta, slope, count, reduce
-        self.curvature = 1.0  # v.Fv / v.v of the last product
+        self.theta, self.pieces, self.count, self.reduce = theta, pieces, count, reduce
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Return F v, (M,), accurate enough for conjugate gradient in float32."""
-        squared = float(v.double().square().sum())
-        if squared == 0.0:
-            return torch.zeros_like(v)
-        Fv, theta_old, guess = v, self.theta.snapshot(), self.curvature
-        for _ in range(4):
-            eps = math.sqrt(2 * NUDGE / (guess * squared))
-            try:
-                self.theta.assign(theta_old, v, eps)
-                ahead = self.slope()
-                self.theta.assign(theta_old, v, -eps)
-                Fv = self.reduce(ahead - self.slope()) / (2 * eps * self.count)
-            finally:
-                self.theta.restore(theta_old)
-            curvature = float(v.double() @ Fv.double()) / squared
-            if 0.2 * guess < curvature < 5 * guess:  # the move had about the right length
-                self.curvature = curvature
-                break
-            guess = min(max(curvature, 1e-3 * guess), 1e3 * guess)
-        return Fv
+        """Return F v, (M,)."""
+        total = torch.zeros_like(v)
+        for jvp, curvature, vjp in self.pieces:
+            total += vjp(curvature(jvp(v)))
+        return self.reduce(total) / self.count
 
 
-def lacks_second_derivative(outputs: Callable[[], Tensor], theta: ParameterVector) -> str | None:
-    """Return why `FisherOperator` cannot work on these outputs, or None if it can.
+class ScoreFisher:
+    """v -> S^T S v / count: the Fisher of sampled scores, one row of S each.
 
-    Compares J v with a finite difference of the outputs: a kernel may raise when differentiated
-    twice, or silently drop part of the derivative.
+    A score is the gradient of the log-probability of actions drawn from the policy at the states of
+    some completions. Draws at different states are independent and their scores have mean zero, so
+    that the square of a sum over states is, in expectation, the sum of their squares: one backward
+    pass over any number of completions makes one unbiased sample. The error of F v falls as one
+    over the root of the number of scores.
 
     Args:
-        outputs: Runs the model on a probe, with a graph to theta.
-        theta: Parameters, restored bit for bit.
+        scores: (K, M), in any floating dtype: sums over completions.
+        count: Completions behind all scores, over all ranks.
+        reduce: Sums a tensor over ranks.
+
+    Source: on sampling from the model rather than the data, Kunstner et al. (2019),
+    arXiv:1905.12558.
     """
-    v, eps = torch.ones_like(theta.vector()), 1e-3
-    try:
-        with twice_differentiable():
-            before = outputs()
-            u = torch.zeros_like(before, requires_grad=True)
-            vjp = pullback(theta, before, u)
-            (Jv,) = torch.autograd.grad(vjp, u, grad_outputs=theta.unflatten(v))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    if before.dtype in (torch.bfloat16, torch.float16):
-        return None  # no difference to compare with survives the rounding
-    theta_old = theta.snapshot()
-    theta.assign(theta_old, v, eps)
-    with torch.no_grad(), twice_differentiable():
-        moved = (outputs() - before) / eps
-    theta.restore(theta_old)
-    if float((Jv - moved).norm()) > 0.1 * float(moved.norm()):
-        return "the second derivative of a layer is incomplete"
-    return None
+
+    def __init__(self, scores: Tensor, *, count: float = 1.0, reduce: Reduce = lambda t: t):
+        self.scores, self.count, self.reduce = scores, count, reduce
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return F v, (M,)."""
+        S = self.scores
+        return self.reduce((S @ v.to(S)) @ S).to(v) / self.count
+
+
+def adjoint_error(u: Tensor, c: Tensor, jvp: Linear) -> float:
+    """Return how far u.J c is from |c|^2, relatively, where c = J^T u by a plain backward pass.
+
+    A kernel may silently drop or distort part of the derivative that `jvp` needs. Two derivatives
+    of the same pass either agree to rounding or one is wrong, at any depth and width.
+
+    Args:
+        u: Cotangent of the outputs.
+        c: J^T u, (M,), not zero.
+        jvp: v -> J v.
+    """
+    expected = float(c.double() @ c.double())
+    found = float((u.double() * jvp(c).double()).sum())
+    return abs(found - expected) / expected if expected > 0 else 0.0
 
 
 def hessian_operator(theta: ParameterVector, divergence: Tensor) -> Callable[[Tensor], Tensor]:

@@ -144,10 +144,12 @@ class TokenMDP:
         values = {k: [v[i] for i in order] for k, v in (columns or {}).items()}
         encoded = [encode_prompt(self.tokenizer, p) for p in prompts]
         ids, mask = self.left_pad([encoded[i] for i in order])
+        length = ids.shape[1] + self.max_completion_length
+        rows = min(GENERATE_ROWS, policy.room.tokens("rollout", length) // length)
         sampled = torch.cat(
             [
                 self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start))
-                for part in _slices(len(ids), GENERATE_ROWS)
+                for part in _slices(len(ids), rows)
             ]
         )
         return self.scored(repeated, ids, mask, sampled, groups, values, trainer_state)
@@ -228,12 +230,16 @@ class TokenMDP:
             pad_token_id=self.pad_token_id,
         )
         shipped, policy.base.generation_config = policy.base.generation_config, config
+        computed = policy.prompt_cache(ids, mask)
+        cache, ids, mask = computed or (None, ids, mask)
+        known = {} if cache is None else {policy.cache_argument: cache}
         try:
             with global_seed(*seed, device=policy.device):  # type: ignore[misc]
                 out = policy.base.generate(
                     input_ids=ids.to(policy.device),
                     attention_mask=mask.to(policy.device),
                     generation_config=config,
+                    **known,
                     logits_processor=LogitsProcessorList([_FiniteLogits()]),
                 )
         finally:

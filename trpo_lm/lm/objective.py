@@ -10,7 +10,6 @@ by chunk. Everything is summed over a rank's completions first and over ranks af
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +20,24 @@ from trpo_lm.core.divergences import (
     logprob_gradient,
     token_logprobs,
 )
-from trpo_lm.core.fisher import FiniteDifference, FisherOperator, softmax_curvature
-from trpo_lm.core.natural_step import Measurement, Product
+from trpo_lm.core.fisher import (
+    FisherOperator,
+    ForwardFisher,
+    Linear,
+    ScoreFisher,
+    softmax_curvature,
+)
+from trpo_lm.core.natural_step import Measurement
 from trpo_lm.core.parameters import Reduce
-from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.policy import Policy
-from trpo_lm.lm.rollout import Batch
+from trpo_lm.lm.rollout import Batch, micro_batches
+from trpo_lm.seeds import generator
 
 CACHED_CHUNKS = 16  # of probabilities, kept between Fisher products; more are computed anew
+FISHER_SHARE, FEWEST = 1 / 16, 4  # of the batch's completions in the Fisher; at least
+SCORES = 64  # sampled, where products are made of them
+
+Fisher = FisherOperator | ForwardFisher | ScoreFisher
 
 
 class BatchObjective:
@@ -80,10 +89,9 @@ class BatchObjective:
         after = (kl.flip(-1).cumsum(-1).flip(-1) - kl)[r.action_mask].to(batch.ref_kl)  # t' > t
         g = torch.zeros(2, len(theta), device=policy.device, dtype=theta.tensors[0].dtype)
         b = torch.zeros_like(g)
-        share = 0.5 if reference else 1.0  # a graph that is kept for a second backward pass
         for half in range(2):  # by prompt: completions of one prompt are not independent
             chosen = (r.groups % 2 == half).nonzero()[:, 0]
-            for rows, tokens in batch.micro_batches(chosen, share=share):
+            for rows, tokens in micro_batches(policy, r, "gradient", chosen):
                 features = policy.features(*r.model_inputs(rows))
                 actions, advantages = batch.actions[tokens], self.advantages[tokens]
                 drift, ref_features = after[tokens], batch.ref_features[tokens]
@@ -112,7 +120,7 @@ class BatchObjective:
         """
         policy, batch, r = self.policy, self.batch, self.batch.rollout
         total = self.theta.zeros()
-        for part, tokens in batch.micro_batches(rows):
+        for part, tokens in micro_batches(policy, r, "gradient", rows):
             features = policy.features(*r.model_inputs(part))
 
             def slope(logprobs: Tensor, s: slice, tokens: Tensor = tokens) -> list[Tensor]:
@@ -135,26 +143,76 @@ class BatchObjective:
         squares = float(self.reduce((each - k).square().sum()))
         return k, math.sqrt(squares / max(self.N - 1, 1) / self.N)
 
-    def fisher(self, completions: int) -> FisherOperator | FiniteDifference:
+    def fisher(self, completions: int | None = None) -> Fisher:
         """Return v -> F v over the tokens of whole completions, an even share of the batch.
 
-        Args:
-            completions: Over all ranks.
+        Products are exact where the model and memory allow: by a retained graph, or else by
+        forward-mode differentiation. Otherwise they are made of sampled scores.
 
-        Raises:
-            TrpoLMError: If the model has no second derivative and computes in half precision, where
-                finite differences are noise.
+        Args:
+            completions: Over all ranks; None: `FISHER_SHARE` of the batch.
         """
-        policy, r = self.policy, self.batch.rollout
-        share = max(1, min(len(r), math.ceil(completions * len(r) / self.N)))
-        rows = torch.linspace(0, len(r) - 1, share).round().long().unique()
+        policy, r, theta = self.policy, self.batch.rollout, self.theta
+        wanted = self.N * FISHER_SHARE if completions is None else completions
+        share = math.ceil(max(wanted, FEWEST) * len(r) / self.N)
+        rows = torch.linspace(0, len(r) - 1, min(len(r), share)).round().long().unique()
+        kind, rows = self._product(rows, fixed=completions is not None)
         count = float(self.reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
-        parts = [r.model_inputs(part) for part, _ in self.batch.micro_batches(rows)]
-        if policy.lacks_second_derivative is not None:
-            return finite_difference(policy, parts, count, self.reduce)
-        outputs = [policy.linearised(*inputs) for inputs in parts]
-        pieces = [(features, head_curvature(policy, features.detach())) for features in outputs]
-        return FisherOperator(self.theta, pieces, count=count, reduce=self.reduce)
+        if kind == "scores":
+            return ScoreFisher(self.scores(), count=self.N, reduce=self.reduce)
+        parts = [r.model_inputs(p) for p, _ in micro_batches(policy, r, "fisher", rows)]
+        if kind == "retained":
+            outputs = [policy.linearised(*inputs) for inputs in parts]
+            pieces = [(h, head_curvature(policy, h.detach())) for h in outputs]
+            return FisherOperator(theta, pieces, count=count, reduce=self.reduce)
+        return ForwardFisher(
+            theta, [forward_piece(policy, inputs) for inputs in parts], count=count,
+            reduce=self.reduce,
+        )  # fmt: skip
+
+    def _product(self, rows: Tensor, *, fixed: bool) -> tuple[str, Tensor]:
+        """Return how products on some rows are made, and the rows: fewer where memory is short.
+
+        Args:
+            rows: Of this rank's completions.
+            fixed: Whether they may not become fewer.
+        """
+        policy, length = self.policy, self.batch.rollout.attention_mask.sum(-1)
+        while True:
+            tokens, longest = int(length[rows].sum()), int(length[rows].max())
+            fits = policy.room.holds("fisher", tokens, longest)
+            if fits or fixed or len(rows) * self.N <= FEWEST * len(length):
+                break
+            rows = rows[::2]
+        full = float(self.reduce(torch.tensor(float(not fits), dtype=torch.float64)))
+        if not full and "retained" in policy.exact_products:
+            return "retained", rows
+        return ("forward" if "forward" in policy.exact_products else "scores"), rows
+
+    def scores(self, draws: int = SCORES) -> Tensor:
+        """Return the scores of actions drawn from the policy at the states of the batch, (K, M).
+
+        Args:
+            draws: K over all ranks, at most the completions; each covers an even share of them.
+        """
+        policy, r, theta = self.policy, self.batch.rollout, self.theta
+        noise = generator(*self.seed, "scores")  # type: ignore[misc]
+        groups = torch.arange(len(r)).tensor_split(math.ceil(min(1.0, draws / self.N) * len(r)))
+        S = torch.zeros(len(groups), len(theta), device=policy.device, dtype=theta.tensors[0].dtype)
+
+        def slope(logprobs: Tensor, s: slice) -> list[Tensor]:
+            p = logprobs.exp()
+            below = p.cumsum(-1, dtype=torch.float64)
+            at = torch.rand(len(p), 1, generator=noise, dtype=torch.float64).to(p.device)
+            drawn = torch.searchsorted(below, at * below[:, -1:]).clamp(max=p.shape[1] - 1)
+            return [torch.zeros_like(p).scatter_(1, drawn, 1.0) - p]
+
+        for row, group in zip(S, groups, strict=True):
+            for part, _ in micro_batches(policy, r, "gradient", group):
+                features = policy.features(*r.model_inputs(part))
+                (cotangent,) = policy.cotangents(features, slope)
+                row += theta.gradient(features, cotangent=cotangent)
+        return S
 
     @torch.no_grad()
     def measure(self) -> Measurement:
@@ -167,7 +225,7 @@ class BatchObjective:
         policy, batch, r = self.policy, self.batch, self.batch.rollout
         logprobs = torch.zeros_like(batch.old_logprobs)
         kl, ref_kl = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
-        for rows, tokens in batch.micro_batches():
+        for rows, tokens in micro_batches(policy, r, "forward"):
             features = policy.features(*r.model_inputs(rows))
             for s in policy.chunks(len(features)):
                 at = tokens[s]
@@ -185,39 +243,27 @@ class BatchObjective:
         return Measurement(float(means[0]), float(means[1]), float(means[2]), float(kl.max()))
 
 
-def finite_difference(
-    policy: Policy, parts: Sequence[tuple[Tensor, Tensor, Tensor]], count: float, reduce: Reduce
-) -> FiniteDifference:
-    """Return v -> F v from grad D on some micro-batches, policy at theta_old."""
-    theta = policy.parameters
-    old = [policy.features(*inputs).detach() for inputs in parts]  # as `slope` runs them
-    if any(h.dtype in (torch.bfloat16, torch.float16) for h in old):
-        raise TrpoLMError(
-            f"Fisher products need second derivatives ({policy.lacks_second_derivative}); finite "
-            "differences of half-precision gradients are noise",
-            where=f"model {policy.name}", hint="load the model in float32 (bf16=False)",
-        )  # fmt: skip
+def forward_piece(
+    policy: Policy, inputs: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Linear, Linear, Linear]:
+    """Return v -> J v, the curvature and c -> J^T c on some rows, policy at theta_old."""
+    with torch.no_grad():
+        old = policy.features(*inputs)
 
-    def slope() -> Tensor:
-        total = theta.zeros()
-        for inputs, before in zip(parts, old, strict=True):
-            features = policy.features(*inputs)
+    def jvp(v: Tensor) -> Tensor:
+        return policy.jvp(v, *inputs)
 
-            def of_D(new: Tensor, s: slice, before: Tensor = before) -> list[Tensor]:
-                return [new.exp() - policy.logprobs(before[s]).exp()]
+    def vjp(c: Tensor) -> Tensor:
+        return policy.parameters.gradient(policy.features(*inputs), cotangent=c)
 
-            (cotangent,) = policy.cotangents(features, of_D)
-            total += theta.gradient(features, cotangent=cotangent)
-        return total
-
-    return FiniteDifference(theta, slope, count=count, reduce=reduce)
+    return jvp, head_curvature(policy, old), vjp
 
 
-def head_curvature(policy: Policy, features: Tensor) -> Product:
+def head_curvature(policy: Policy, features: Tensor) -> Linear:
     """Return u -> W^T (diag p - p p^T) W u on features (n, D), W the tempered output layer."""
     slices = list(policy.chunks(len(features)))
 
-    def curvature(s: slice) -> Product:
+    def curvature(s: slice) -> Linear:
         with torch.no_grad():
             return softmax_curvature(policy.logprobs(features[s]))
 

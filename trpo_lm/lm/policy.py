@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,36 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trpo_lm.core.divergences import log_softmax
 from trpo_lm.core.fisher import (
-    lacks_second_derivative,
+    adjoint_error,
     linearised_activations,
+    pullback,
     twice_differentiable,
 )
 from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.loading import load_model, require_single_device, trainable_tensors, with_adapter
+from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fitted, saved_bytes
+from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
+from trpo_lm.seeds import generator
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
 CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
+PROBE_MOVE = 1e-2  # of each parameter, away from B = 0, while derivatives are compared
+PROBE_ERROR = {8: 1e-3, 4: 1e-3, 2: 0.03}  # relative, by bytes of a number; rounding: 1e-5, 0.01
+PROBE_LENGTH = 48  # tokens of the rows on which memory is measured, and a third of it
+PULLBACK = 1.15  # what a retained graph holds, over the graph of the outputs alone
 ELEMENTWISE = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
@@ -65,12 +76,16 @@ class Policy:
         gradient_checkpointing: Recompute activations in backward passes (non-reentrant).
         seed: The adapters' initial values derive from it.
         device: Where to put the model; None leaves it where it is.
+        micro_batch_tokens: Most tokens of one pass; None: as many as memory allows.
 
     Attributes:
         model: The PeftModel; `base` is the causal LM inside it.
         parameters: theta, M numbers.
         head: The frozen output layer; None where the features are logits.
-        lacks_second_derivative: Why `linearised` cannot be differentiated twice; None if it can.
+        shares_prefixes: Whether what rows begin with is computed once.
+        exact_products: Which exact Fisher products work, of 'retained' and 'forward'.
+        room: How many tokens each phase may put through the model at once.
+        cache_argument: Under which name the model takes a key-value cache.
 
     Raises:
         TrpoLMError: If the model cannot be loaded, is split across devices, or has no trainable
@@ -88,6 +103,7 @@ class Policy:
         gradient_checkpointing: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
+        micro_batch_tokens: int | None = None,
     ):
         self.name = model if isinstance(model, str) else model.config.name_or_path or "model"
         if isinstance(model, str):
@@ -99,18 +115,25 @@ class Policy:
         self.model = with_adapter(model, peft_config, seed=seed)
         self.base: Any = self.model.get_base_model()
         self.temperature = temperature
-        self._recompute = False  # layers recompute their activations in the backward pass
+        self.recomputes = self._recompute = False  # activations, in the backward pass
         if _enables_checkpointing(self.base) or gradient_checkpointing:
             self._checkpoint_layers()
         self.model.eval()
         self.parameters = ParameterVector(trainable_tensors(self.model))
         self._reference = self.parameters.snapshot()
         self._transformer = self.base.base_model
+        arguments = signature(self._transformer.forward).parameters  # renamed by transformers
+        self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
         self.head = self._linear_head()
         self._activations = [
             m for m in self.base.modules() if type(m) in ELEMENTWISE and not list(m.parameters())
         ]
-        self.lacks_second_derivative = self._second_derivative_missing()
+        self.shares_prefixes = False
+        self.shares_prefixes = self._prefixes_can_be_shared()
+        self.exact_products = self._working_products()
+        weights = sum(p.nbytes for p in self.model.parameters())
+        budget = SHARE * (device_memory(self.device) - weights)
+        self.room = Room(budget, self._costs(), micro_batch_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +166,8 @@ class Policy:
     ) -> tuple[Tensor, Tensor]:
         """Run the model and keep its outputs at the states of a batch.
 
+        What several rows begin with is computed once, where that saves enough (`shared_prefixes`).
+
         Args:
             input_ids: Prompts (left-padded) and completions (right-padded), (n, L).
             attention_mask: 1 at real tokens, (n, L).
@@ -152,23 +177,77 @@ class Policy:
             Last hidden states (S, D), detached, and features, (S, D) or (S, V) where the head is
             the identity; both row by row.
         """
-        attention_mask = attention_mask.to(self.device)
-        state_mask = state_mask.to(self.device)
+        shared = None
+        if self.shares_prefixes and not self._recompute:
+            shared = share_prefixes(input_ids, attention_mask, state_mask)
+        if shared is None:
+            mask = attention_mask.to(self.device)
+            hidden, features = self._outputs(input_ids.to(self.device), mask, state_mask)
+            return hidden.detach(), features
+        cache = DynamicCache()
+        parts = [self._run_stage(stage, cache) for stage in shared.stages]
+        order = shared.order.to(self.device)
+        hidden, features = (torch.cat(p)[order] for p in zip(*parts, strict=True))
+        return hidden.detach(), features
+
+    @torch.no_grad()
+    def prompt_cache(self, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor, Tensor] | None:
+        """Return keys and values of prompts but for their last token, each computed once.
+
+        Args:
+            ids: Prompts, left-padded, (n, P).
+            mask: 1 at real tokens, (n, P).
+
+        Returns:
+            The cache, and ids and mask of the prompts as they lie in it, padding after what they
+            have in common, (n, P') each; None where computing them row by row costs little more.
+        """
+        states = torch.zeros_like(mask, dtype=torch.bool)
+        states[:, -2:-1] = mask[:, -2:-1].bool()
+        if not self.shares_prefixes:
+            return None
+        shared = share_prefixes(ids[:, :-1], mask[:, :-1], states[:, :-1])
+        if shared is None:
+            return None
+        cache, laid = DynamicCache(), ids[:0]
+        for stage in shared.stages:
+            laid = stage.input_ids if stage.parents is None else torch.cat(
+                [laid[stage.parents], stage.input_ids], dim=1
+            )  # fmt: skip
+            self._run_stage(stage, cache)
+        cache.batch_select_indices(shared.order.to(self.device))
+        mask = torch.cat([shared.stages[-1].attention_mask[shared.order], mask[:, -1:]], dim=1)
+        return cache, torch.cat([laid[shared.order], ids[:, -1:]], dim=1), mask
+
+    def _run_stage(self, stage: Stage, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Run a stage on the cache of the stage before."""
+        if stage.parents is not None:
+            cache.batch_select_indices(stage.parents.to(self.device))
+        ids, mask = stage.input_ids.to(self.device), stage.attention_mask.to(self.device)
+        return self._outputs(ids, mask, stage.state_mask, cache)
+
+    def _outputs(
+        self, ids: Tensor, mask: Tensor, states: Tensor, cache: DynamicCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run tokens (n, L) that continue those of a cache; `mask` covers both."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
-            "use_cache": False,
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "use_cache": cache is not None,
+            self.cache_argument: cache,
         }
+        states = states.to(self.device)
         if self.head is not None:
-            features = self._transformer(**inputs).last_hidden_state[state_mask]
-            return features.detach(), features
+            features = self._transformer(**inputs).last_hidden_state[states]
+            return features, features
         output = self.base(**inputs, output_hidden_states=True)
-        return output.hidden_states[-1][state_mask].detach(), output.logits[state_mask]
+        return output.hidden_states[-1][states], output.logits[states]
 
     def features(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> Tensor:
         """Return the features of `hidden_and_features`, with a graph to theta."""
-        self._recompute = torch.is_grad_enabled()
+        self._recompute = self.recomputes and torch.is_grad_enabled()
         try:
             return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
         finally:
@@ -183,21 +262,48 @@ class Policy:
         with twice_differentiable(), linearised_activations(self._activations):
             return self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
 
-    def graph_bytes(self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor) -> int:
-        """Return the bytes of memory that the graph of `features` holds, weights not counted."""
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        storages: dict[int, int] = {}
+    @torch.no_grad()
+    def jvp(
+        self, v: Tensor, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor
+    ) -> Tensor:
+        """Return J v, J the Jacobian of the features, by forward-mode differentiation; no graph.
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
+        Args:
+            v: Direction in theta, (M,).
+            input_ids: As for `hidden_and_features`, with the other two.
+            attention_mask: (n, L).
+            state_mask: (n, L).
+        """
+        with forward_ad.dual_level(), twice_differentiable(), self._moving_along(v):
+            features = self.hidden_and_features(input_ids, attention_mask, state_mask)[1]
+            tangent = forward_ad.unpack_dual(features).tangent
+        return torch.zeros_like(features) if tangent is None else tangent
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.enable_grad(), hooks:
-            _ = self.features(input_ids, attention_mask, state_mask)
-        return sum(storages.values())
+    @contextmanager
+    def _moving_along(self, v: Tensor) -> Iterator[None]:
+        """Give the parameters, inside a `dual_level`, the tangent v."""
+        tangents = {
+            id(p): part
+            for p, part in zip(self.parameters.tensors, self.parameters.unflatten(v), strict=True)
+        }
+        owners = [
+            (module, dict(module._parameters))
+            for module in self.model.modules()
+            if any(id(p) in tangents for p in module._parameters.values())
+        ]
+        try:
+            for module, own in owners:
+                for name, p in own.items():
+                    if p is not None and id(p) in tangents:
+                        del module._parameters[name]
+                        setattr(module, name, forward_ad.make_dual(p.detach(), tangents[id(p)]))
+            yield
+        finally:
+            for module, own in owners:
+                for name in own.keys() - module._parameters.keys():
+                    delattr(module, name)
+                module._parameters.clear()
+                module._parameters.update(own)
 
     def logprobs(self, features: Tensor) -> Tensor:
         """Return log pi(.|s) for features (n, D): (n, V), in at least float32.
@@ -279,8 +385,9 @@ class Policy:
             raise TrpoLMError(
                 f"{type(self.base).__name__} has no layers that can recompute their activations",
                 where="gradient_checkpointing",
-                hint="lower micro_batch_size instead",
+                hint="lower max_completion_length instead",
             )
+        self.recomputes = True
         for layer in layers:
             layer.forward = self._recomputed(layer.forward)
 
@@ -294,14 +401,99 @@ class Policy:
 
         return run
 
-    def _second_derivative_missing(self) -> str | None:
-        """Return why there is no second derivative, tested on a probe; None where there is one."""
-        probe = self.probe_inputs()
-        probe["state_mask"] = probe["attention_mask"].bool()
-        reason = lacks_second_derivative(lambda: self.linearised(**probe), self.parameters)
-        if reason is not None:
-            logger.warning("Fisher products fall back to finite differences: %s", reason)
-        return reason
+    @torch.no_grad()
+    def _prefixes_can_be_shared(self) -> bool:
+        """Return whether a pass in stages gives what a plain pass gives, tested on a probe."""
+        ids = self.probe_inputs()["input_ids"].repeat(3, 1)
+        ids[2, 3:] = ids[2, 3:].flip(0)
+        ids = ids.cpu()
+        states = torch.zeros_like(ids, dtype=torch.bool)
+        states[:, 4:-1] = True
+        probe = ids, torch.ones_like(ids), states
+        plain = self.features(*probe)
+        self.shares_prefixes = True
+        try:
+            found = self.features(*probe)
+        except Exception:  # a model without such a cache may raise anything
+            return False
+        scale = 1e-4 if found.dtype in (torch.float32, torch.float64) else 0.1
+        return bool((found - plain).norm() <= scale * plain.norm())
+
+    def _working_products(self) -> list[str]:
+        """Return which exact Fisher products work, of 'retained' and 'forward'.
+
+        Each must agree with a plain backward pass of the model as it is, which kernels that drop or
+        distort a derivative do not.
+        """
+        inputs = self._probe_rows(8)
+        features = self.features(*inputs)
+        theta, noise = self.parameters, generator(0, "probe")
+        start = theta.snapshot()
+
+        def random(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=noise).to(like)
+
+        def retained(v: Tensor) -> Tensor:
+            u, vjp = pullback(theta, self.linearised(*inputs))
+            return torch.autograd.grad(vjp, u, grad_outputs=theta.unflatten(v))[0]
+
+        working, u = [], random(features)
+        theta.assign(start, random(theta.vector()), PROBE_MOVE)  # at B = 0 half would not be tested
+        try:
+            c = theta.gradient(self.features(*inputs), cotangent=u)
+            for name, jvp in (("retained", retained), ("forward", lambda v: self.jvp(v, *inputs))):
+                try:
+                    error = adjoint_error(u, c, jvp)
+                except (RuntimeError, NotImplementedError) as missing:
+                    logger.info("no %s Fisher products: %s", name, str(missing).splitlines()[0])
+                    continue
+                if error < PROBE_ERROR[features.dtype.itemsize]:
+                    working.append(name)
+        finally:
+            theta.restore(start)
+        return working
+
+    def _probe_rows(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one row as inputs of a pass; the latter half of its positions are states."""
+        ids = torch.arange(length, device=self.device)[None] % self.vocabulary_size
+        states = torch.arange(length, device=self.device)[None] >= length // 2
+        return ids, torch.ones_like(ids), states
+
+    def _costs(self) -> dict[str, Cost]:
+        """Measure what a pass of each phase holds, on two short rows."""
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        most = min(PROBE_LENGTH, self.context_length or PROBE_LENGTH)
+        lengths = (most // 3, most)
+
+        def held(run: Callable[..., Tensor]) -> Cost:
+            return fitted(
+                lengths, lambda n: saved_bytes(lambda: run(*self._probe_rows(n)), weights)
+            )
+
+        graph = held(lambda *inputs: self.hidden_and_features(*inputs)[1])
+        config = self.base.config.get_text_config()
+        layer = graph * (1 / max(1, getattr(config, "num_hidden_layers", 1)))
+        recomputed = held(self.features) + layer if self.recomputes else graph
+        return {
+            "rollout": Cost(self._cache_bytes()),
+            "forward": layer * 2.0,
+            "gradient": recomputed,
+            "fisher": held(self.linearised) * PULLBACK,
+        }
+
+    @torch.no_grad()
+    def _cache_bytes(self) -> float:
+        """Return the bytes of a token's keys and values."""
+        cache, ids = DynamicCache(), self.probe_inputs()["input_ids"]
+        try:
+            mask = torch.ones_like(ids)
+            self._outputs(ids, mask, mask.bool(), cache)
+            layers: Any = cache.layers
+            held = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
+        except Exception:  # a model without such a cache may raise anything
+            held = 0
+        config = self.base.config.get_text_config()
+        return held / ids.numel() or 2 * config.hidden_size * config.num_hidden_layers * 4
 
     @torch.no_grad()
     def _linear_head(self) -> torch.nn.Linear | None:

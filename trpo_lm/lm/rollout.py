@@ -6,9 +6,9 @@ reference. Masks come from lengths, never from token values: the pad token may w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from trpo_lm.core.divergences import categorical_kl, entropy, token_logprobs
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompt
 from trpo_lm.lm.rewards import RewardBatch
-
-MOST_ROWS = 64  # completions per forward pass where memory allows
+from trpo_lm.lm.shared_prefixes import common_length, padded_tokens
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,63 @@ class Rollout:
     def _spans(self, start: Tensor, rows: Tensor) -> Iterator[tuple[int, int]]:
         return zip(start[rows].tolist(), self.lengths[rows].tolist(), strict=True)
 
-    def micro_batches(self, size: int, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """Cut rows into groups of about equal length, so that little padding is computed."""
+    @cached_property
+    def common(self) -> int:
+        """Tokens that all prompts begin with."""
+        width = self.action_mask.shape[1]
+        prompts = {
+            tuple(row[mask.bool()].tolist())
+            for row, mask in zip(
+                self.input_ids[:, :-width], self.attention_mask[:, :-width], strict=True
+            )
+        }
+        return common_length(prompts)
+
+    def micro_batches(
+        self, tokens: int, rows: Tensor | None = None, *, shared: bool = False
+    ) -> list[Tensor]:
+        """Cut rows into groups that compute at most so many tokens each, or one row.
+
+        Rows stand by length, so that little padding is computed, or by prompt, so that each prompt
+        is computed once: whichever computes fewer tokens.
+
+        Args:
+            tokens: Of a group, padding included.
+            rows: Which completions; all when None.
+            shared: Whether the model computes once what the rows of a group begin with.
+        """
         rows = torch.arange(len(self)) if rows is None else rows
         if len(rows) == 0:
-            return iter(())
-        return iter(rows[self.attention_mask.sum(-1)[rows].argsort(stable=True)].split(size))
+            return []
+        completion = self.lengths - 1  # nothing reads the last action
+        prompt = self.attention_mask.sum(-1) - self.lengths
+        orders = [rows[(prompt + completion)[rows].argsort(stable=True)]]
+        if shared:
+            longest = completion.new_zeros(int(self.groups.max()) + 1)
+            longest = longest.scatter_reduce(0, self.groups, completion, "amax")
+            groups = self.groups[rows]
+            by_group = groups.argsort(stable=True)
+            orders.append(rows[by_group[longest[groups[by_group]].argsort(stable=True)]])
+        cuts = [self._cut(order, tokens, prompt, completion, shared) for order in orders]
+        return min(cuts, key=lambda cut: cut[0])[1]
+
+    def _cut(
+        self, order: Tensor, most: int, prompt: Tensor, completion: Tensor, shared: bool
+    ) -> tuple[int, list[Tensor]]:
+        """Return the tokens computed, and the groups, of rows taken in order."""
+        sizes, total, cost = [0], 0, 0
+        groups, P, T = set[int](), 0, 0
+        for row in order.tolist():
+            groups.add(int(self.groups[row]))
+            P, T = max(P, int(prompt[row])), max(T, int(completion[row]))
+            common = self.common if shared else 0
+            with_row = padded_tokens(sizes[-1] + 1, len(groups), common, P, T, shared=shared)
+            if sizes[-1] and with_row > most:
+                total, sizes = total + cost, [*sizes, 0]
+                groups, P, T = {int(self.groups[row])}, int(prompt[row]), int(completion[row])
+                with_row = padded_tokens(1, 1, common, P, T, shared=shared)
+            sizes[-1], cost = sizes[-1] + 1, with_row
+        return total + cost, list(order.split(sizes))
 
     def model_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return input_ids, attention_mask and state_mask of some rows, padding cut off."""
@@ -97,8 +147,8 @@ class Rollout:
         states = torch.zeros_like(mask, dtype=torch.bool)
         T = action.shape[1]
         states[:, -T - 1 : -1] = action  # the output at a position is the policy for the next
-        used = mask.any(0).nonzero()
-        keep = slice(int(used[0]), int(used[-1]) + 1)
+        first = int(mask.any(0).nonzero()[0])
+        keep = slice(first, int(states.any(0).nonzero()[-1]) + 1)  # nothing reads a last action
         return ids[:, keep], mask[:, keep], states[:, keep]
 
 
@@ -114,7 +164,6 @@ class Batch:
         entropy: Entropy of pi_old at each state, (S,), nats.
         ref_kl: KL(pi_old ‖ pi_ref) at each state, exact, (S,), nats.
         actions: The tokens that were chosen, (S,) int64.
-        micro_batch_size: Completions per forward pass.
     """
 
     rollout: Rollout
@@ -126,24 +175,19 @@ class Batch:
     entropy: Tensor
     ref_kl: Tensor
     actions: Tensor
-    micro_batch_size: int
 
     @classmethod
     @torch.no_grad()
-    def from_rollout(
-        cls, policy: Policy, rollout: Rollout, *, micro_batch_size: int | None = None
-    ) -> Batch:
+    def from_rollout(cls, policy: Policy, rollout: Rollout) -> Batch:
         """Run old policy and reference over a rollout.
 
         Args:
             policy: At theta_old.
             rollout: Sampled from it.
-            micro_batch_size: Completions per forward pass; None: `affordable_rows`.
         """
-        micro_batch_size = micro_batch_size or affordable_rows(policy, rollout)
-        old = all_features(policy, rollout, micro_batch_size)[1]
+        old = all_features(policy, rollout)[1]
         with policy.reference():
-            hidden, ref = all_features(policy, rollout, micro_batch_size)
+            hidden, ref = all_features(policy, rollout)
         columns: list[tuple[Tensor, ...]] = []
         actions = rollout.actions.to(old.device)
         for chunk in policy.chunks(len(old)):
@@ -169,51 +213,37 @@ class Batch:
             entropy=entropies,
             ref_kl=ref_kl,
             actions=actions,
-            micro_batch_size=micro_batch_size,
         )
 
-    def micro_batches(
-        self, rows: Tensor | None = None, *, share: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return pairs of row indices and the indices of their tokens in the flat order.
 
-        Args:
-            rows: Which completions; all when None.
-            share: Of `micro_batch_size`, where a pass keeps more than one graph's memory.
-        """
-        size = max(1, int(self.micro_batch_size * share))
-        for part in self.rollout.micro_batches(size, rows):
-            yield part, self.rollout.token_index(part)
+def micro_batches(
+    policy: Policy, rollout: Rollout, phase: str, rows: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a rollout into what one pass of a phase may hold.
 
+    Args:
+        policy: Whose passes they are.
+        rollout: To cut.
+        phase: Of `memory.PHASES`.
+        rows: Which completions; all when None.
 
-def affordable_rows(policy: Policy, rollout: Rollout) -> int:
-    """Return how many completions a forward pass may take: 64, or fewer where memory is short.
-
-    A graph over that many may fill an eighth of the memory that the weights leave, judged by what
-    the longest completion's graph holds. All memory counts, not what is free just now: the size,
-    and with it the rounding, must not depend on what else runs.
+    Returns:
+        Pairs of row indices and the indices of their tokens in the flat order.
     """
-    longest = rollout.attention_mask.sum(-1).argmax()[None]
-    weights = sum(p.nbytes for p in policy.model.parameters())
-    each = policy.graph_bytes(*rollout.model_inputs(longest))
-    rows = (memory(policy.device) - weights) // 8 // each
-    return min(MOST_ROWS, 1 << max(rows, 1).bit_length() - 1)
-
-
-def memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    longest = int(rollout.attention_mask.sum(-1).max())
+    size = policy.room.tokens(phase, longest)
+    shared = policy.shares_prefixes and not (phase == "gradient" and policy.recomputes)
+    for part in rollout.micro_batches(size, rows, shared=shared):
+        yield part, rollout.token_index(part)
 
 
 @torch.no_grad()
-def all_features(policy: Policy, rollout: Rollout, size: int) -> tuple[Tensor, Tensor]:
+def all_features(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Return hidden states and features of every state of a rollout, in flat order."""
     parts, order = [], []
-    for rows in rollout.micro_batches(size):
+    for rows, tokens in micro_batches(policy, rollout, "forward"):
         parts.append(policy.hidden_and_features(*rollout.model_inputs(rows)))
-        order.append(rollout.token_index(rows))
+        order.append(tokens)
     back = torch.cat(order).argsort()
     hidden, features = (torch.cat(p)[back] for p in zip(*parts, strict=True))
     return hidden, features

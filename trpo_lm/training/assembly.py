@@ -76,6 +76,7 @@ def assemble(
             gradient_checkpointing=args.gradient_checkpointing,
             seed=args.seed,
             device=device,
+            micro_batch_tokens=args.micro_batch_tokens,
         )
         tokenizer = tokenizer or load_tokenizer(policy.name)
     mdp = TokenMDP(

@@ -1,4 +1,4 @@
-"""Micro-batches that are halved when the memory of a device runs out."""
+"""Passes that become smaller when the memory of a device runs out."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from typing import TypeVar
 
 import torch
 
-from trpo_lm.lm.rollout import MOST_ROWS
+from trpo_lm.lm.memory import Room
 from trpo_lm.training.ranks import OutOfMemory, Ranks
 
 Result = TypeVar("Result")
 
 
-class MicroBatch:
-    """How many completions go through the model in one pass.
+def halved_if_full(
+    work: Callable[[], Result],
+    undo: Callable[[], None],
+    room: Room,
+    ranks: Ranks,
+    note: Callable[[str], None],
+) -> Result:
+    """Do something on all ranks; while memory runs out, undo it and do it in smaller passes.
 
-    Micro-batches are summed, so their size changes no result but by the order of sums.
+    Each rank halves the size of the phase that it was in; sizes are of passes that are summed, so
+    they change no result but by the order of sums (a smaller rollout draws other completions).
 
     Args:
-        size: See `TrainerConfig.micro_batch_size`.
-        ranks: Which all halve it when one runs out of memory.
-        note: Told of the new size.
+        work: What to do, from the start.
+        undo: Takes back what it did before memory ran out.
+        room: Sizes of the phases.
+        ranks: All do it again when one ran out.
+        note: Told which phase became smaller.
+
+    Raises:
+        OutOfMemory: If a phase that handles one completion at a time does not fit.
     """
-
-    def __init__(self, size: int | None, ranks: Ranks, note: Callable[[str], None]):
-        self.size, self._ranks, self._note = size, ranks, note
-
-    def halved_if_full(
-        self, work: Callable[[], Result], undo: Callable[[], None] = lambda: None
-    ) -> Result:
-        """Do something on all ranks; if memory runs out, undo it and do it with half the size.
-
-        Raises:
-            OutOfMemory: If that is not enough, or the size is 1.
-        """
+    while True:
         try:
-            return self._ranks.agree(work)
-        except OutOfMemory:
-            size = self.size or MOST_ROWS
-            if size == 1:
-                raise
+            return ranks.agree(work)
+        except OutOfMemory as full:
+            phase = room.phase
+            if not any(ranks.gather([room.halve()])):
+                raise OutOfMemory(
+                    f"{full.what}; {room.floor()}", where=full.where, hint=full.hint
+                ) from full
         undo()  # the exception is gone by now, and with it the tensors that its frames held
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-        self.size = size // 2
-        self._note(f"out of memory: micro_batch_size is {self.size} now")
-        return self._ranks.agree(work)
+        note(f"out of memory: the {phase} phase takes half as many tokens at once now")

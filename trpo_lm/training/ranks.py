@@ -204,7 +204,7 @@ def _shared(failure: Exception) -> TrpoLMError:
     if isinstance(failure, torch.OutOfMemoryError):
         return OutOfMemory(
             f"the device is out of memory{_peak()}: {failure}",
-            hint="lower micro_batch_size, fisher_completions or max_completion_length",
+            hint="lower max_completion_length, or a smaller model",
         )
     if not isinstance(failure, TrpoLMError):
         return SharedFault(f"{type(failure).__name__}: {failure}")

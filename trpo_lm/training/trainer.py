@@ -13,7 +13,7 @@ update fails or is interrupted half-way, the last one is restored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ from trpo_lm.training.display import (
 )
 from trpo_lm.training.folder import require_usable
 from trpo_lm.training.interrupts import Interrupts
-from trpo_lm.training.memory import MicroBatch
+from trpo_lm.training.memory import halved_if_full
 from trpo_lm.training.metrics import Evaluation
 from trpo_lm.training.ranks import Ranks, SharedFault
 from trpo_lm.training.stages import Stages
@@ -124,7 +124,6 @@ class Trainer:
             callbacks, args, self.ranks, model=self.policy.model, tokenizer=self.tokenizer
         )
         self.interrupts = Interrupts(alone=self.ranks.count == 1)
-        self.micro_batch = MicroBatch(args.micro_batch_size, self.ranks, self.display.note)
         self.updates_done = self.completions = self.tokens = 0
         self.rows: list[Row] = []
         self._boundary = self._snapshot()
@@ -185,9 +184,7 @@ class Trainer:
                 self.before = self.evaluate(reference=True)
             while self.updates_done < self.args.updates and not self._stops():
                 self.callbacks.event("on_step_begin")
-                row, rollout = self.micro_batch.halved_if_full(
-                    self.train_step, lambda: self._restore(self._boundary)
-                )
+                row, rollout = self._fitting(self.train_step, lambda: self._restore(self._boundary))
                 self.callbacks.step_end()
                 if self.eval_prompts and (self._stops() or self._flags.should_evaluate):
                     self._evaluate_update(row)
@@ -225,7 +222,7 @@ class Trainer:
         with stage("score"):
             prefix_scores = self.mdp.prefix_scores(rollout) if self.critic.reads_prefixes else None
         with stage("measure"):
-            batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch.size)
+            batch = Batch.from_rollout(self.policy, rollout)
             row = {"update": update, **self._count(batch)}
             if update == 1:
                 metrics.check_old_policy(self.policy, batch, self.ranks)
@@ -265,7 +262,11 @@ class Trainer:
             raise TrpoLMError("there are no held-out prompts", where="eval_dataset")
         own = range(self.ranks.rank, len(self.eval_prompts), self.ranks.count)
         held_out = self.eval_prompts.take(own)
-        return self.micro_batch.halved_if_full(lambda: self._evaluate(*held_out, reference))
+        return self._fitting(lambda: self._evaluate(*held_out, reference))
+
+    def _fitting(self, work: Callable[[], Any], undo: Callable[[], None] = lambda: None) -> Any:
+        """Do something, with smaller passes where memory runs out."""
+        return halved_if_full(work, undo, self.policy.room, self.ranks, self.display.note)
 
     # ------------------------------------------------------------------ parts of an update
 
@@ -292,7 +293,7 @@ class Trainer:
         seed = (self.args.seed, "evaluate", self.ranks.rank)
         with self.stage("evaluate"), self.policy.reference() if reference else nullcontext():
             rollout = self.mdp.rollout(self.policy, prompts, columns=columns, seed=seed)
-            batch = Batch.from_rollout(self.policy, rollout, micro_batch_size=self.micro_batch.size)
+            batch = Batch.from_rollout(self.policy, rollout)
             return metrics.evaluation(batch, self.ranks)
 
     def _evaluate_update(self, row: Row) -> None:

@@ -1,0 +1,134 @@
+"""How many tokens go through the model at once, phase by phase, so that it fits in memory.
+
+What a pass holds is measured on a short probe, once, and grows with its tokens, and with their
+square where attention keeps its weights. Each phase of an update has a size of its own:
+
+    rollout    keys and values of the completions that are sampled together
+    forward    passes without a graph: old policy, reference, line search
+    gradient   passes with a graph
+    fisher     the graph that Fisher products retain
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARE = 1 / 8  # of the memory that the weights leave, for one phase; the rest is for the others
+MOST_TOKENS = 1 << 14  # more at once are no faster
+PHASES = ("rollout", "forward", "gradient", "fisher")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that a row of L tokens takes: linear * L + square * L^2."""
+
+    linear: float
+    square: float = 0.0
+
+    def per_token(self, length: int) -> float:
+        """Return the bytes of a token in rows of that length."""
+        return self.linear + self.square * length
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.linear + other.linear, self.square + other.square)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.linear * factor, self.square * factor)
+
+
+def fitted(lengths: tuple[int, int], bytes_of_row: Callable[[int], float]) -> Cost:
+    """Return the cost that two measured lengths imply."""
+    (a, b), (at_a, at_b) = lengths, [bytes_of_row(n) / n for n in lengths]
+    square = max(0.0, (at_b - at_a) / (b - a)) if b > a else 0.0
+    return Cost(at_a - square * a, square)
+
+
+def saved_bytes(work: Callable[[], Any], weights: set[int]) -> int:
+    """Return the bytes that the graph of some work keeps for its backward pass.
+
+    Args:
+        work: Builds a graph; it is not kept.
+        weights: `data_ptr` of storages that do not count.
+    """
+    storages: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would make a cycle that nothing frees
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with torch.enable_grad(), hooks:
+        graph = work()
+    del graph  # it stood until here, so that no storage took another's place
+    return sum(storages.values())
+
+
+@dataclass
+class Room:
+    """The size of each phase, halved where it turned out too large.
+
+    Args:
+        budget: Bytes that one phase may fill.
+        costs: Of a token in each phase.
+        most: Tokens set by the user; None: `MOST_TOKENS`, or fewer where memory is short.
+
+    Attributes:
+        phase: The latest that asked.
+    """
+
+    budget: float
+    costs: dict[str, Cost]
+    most: int | None = None
+    phase: str = PHASES[0]
+    halvings: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    at_floor: bool = False
+
+    def tokens(self, phase: str, length: int) -> int:
+        """Return how many tokens a phase may take at once, at least one row.
+
+        Args:
+            phase: Of `PHASES`; it is under way from now on.
+            length: Of the longest row, tokens.
+        """
+        self.phase = phase
+        fits = int(self.budget / self.costs[phase].per_token(length))
+        size = min(MOST_TOKENS, fits) if self.most is None else self.most
+        size >>= self.halvings[phase]
+        self.at_floor = size < 2 * length
+        return max(size, length)
+
+    def holds(self, phase: str, tokens: int, length: int) -> bool:
+        """Return whether so many tokens fit at once, in rows of at most `length`."""
+        self.phase, self.at_floor = phase, False
+        budget = self.budget / (1 << self.halvings[phase])
+        return tokens * self.costs[phase].per_token(length) <= budget
+
+    def floor(self) -> str:
+        """Return what the phase under way needs at the least, as text."""
+        cost, left = self.costs[self.phase], self.budget / SHARE
+        return (
+            f"the {self.phase} phase takes one completion at a time, "
+            f"{cost.linear / 2**20:.3g} MiB a token, of {left / 2**30:.1f} GiB beside the weights"
+        )
+
+    def halve(self) -> str | None:
+        """Halve the size of the phase that is under way; return its name, None at one row."""
+        if self.at_floor:
+            return None
+        self.halvings[self.phase] += 1
+        return self.phase
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
