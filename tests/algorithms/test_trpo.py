@@ -289,12 +289,25 @@ def made_up_update(case, scale, *, budgeted=True):
 def test_the_next_rollout_is_expected_where_the_accepted_step_was_predicted_to_lead():
     before = TRPO().init_state(ParameterVector([torch.zeros(2)]))
     before = replace(before, reference=ReferenceFilter(0.5, 0.02, expected=0.5, fitted=1.0))
-    after = learned(before, made_up_update("both", 0.5), R=0.5)
+    after = learned(before, made_up_update("both", 0.5), R=0.5, max_kl=0.04)
     expected = 0.5 + 0.5 * (0.06 - 0.04) + 0.25 * 0.04
     assert after.reference == ReferenceFilter(0.5, 0.02, pytest.approx(expected), fitted=1.0)
     assert after.radius == learn_radius(before.radius, kl=0.05, predicted=0.01)
-    assert learned(before, made_up_update("old", 1.0), R=0.5).reference.fitted == 0.0
-    without = learned(before, made_up_update("old", 1.0, budgeted=False), R=0.5)
+    assert learned(before, made_up_update("old", 1.0), R=0.5, max_kl=0.04).reference.fitted == 0.0
+    without = learned(before, made_up_update("old", 1.0, budgeted=False), R=0.5, max_kl=0.04)
     assert without.reference.expected == pytest.approx(0.5 + 0.55 - 0.5)
-    rejected = learned(before, made_up_update("both", 0.0), R=0.5)
-    assert rejected == replace(before, reference=replace(before.reference, fitted=0.0))
+    rejected = learned(before, made_up_update("both", 0.0), R=0.5, max_kl=0.04)
+    assert rejected.reference == replace(before.reference, fitted=0.0)
+
+
+@pytest.mark.parametrize("shortest", [1.0, 0.8, 0.2])
+def test_B20_after_a_search_without_an_accepted_step_the_radius_lies_below_the_last_trial(shortest):
+    before = TRPO().init_state(ParameterVector([torch.zeros(2)]))
+    update = made_up_update("old", 0.0)
+    update = replace(update, search=replace(update.search, shortest=shortest))
+    after = learned(before, update, R=0.5, max_kl=0.05)
+    assert radius_inside(after.radius, 0.05) < 0.04 * shortest**2
+    grown = after
+    for _ in range(8):  # steps whose KL is as predicted
+        grown = learned(grown, made_up_update("old", 1.0), R=0.5, max_kl=0.05)
+    assert radius_inside(grown.radius, 0.05) > radius_inside(after.radius, 0.05)

@@ -39,3 +39,28 @@ def test_N05_all_trials_are_used_before_giving_up(trials):
     assert measured == pytest.approx([0.8**i for i in range(trials)])
     assert search.scale == 0.0 and not search.accepted
     assert search.trial == f"at {measured[-1]}"
+
+
+@pytest.mark.parametrize(
+    ("over", "scale"), [(0.5, 0.8), (1.0, 0.8), (1.5, 0.8), (1.6, 0.64), (100, 0.8**11)]
+)
+def test_scales_that_a_quadratic_divergence_rules_out_are_passed_over(over, scale):
+    measured = []
+    backtrack(
+        lambda s: measured.append(s) or over * s * s,
+        lambda trial, s: "kl" if len(measured) < 2 else None,
+        ratio=0.8, trials=4, excess=lambda trial: trial,
+    )  # fmt: skip
+    assert measured == pytest.approx([1.0, scale])
+    assert over * scale**2 <= 1
+
+
+def test_a_divergence_that_is_not_finite_shortens_the_step_by_one_ratio():
+    search, measured = None, []
+    for bad in (float("inf"), float("nan")):
+        measured.clear()
+        search = backtrack(
+            lambda s, bad=bad: measured.append(s) or bad, lambda trial, s: "bad",
+            ratio=0.5, trials=3, excess=lambda trial: trial,
+        )  # fmt: skip
+        assert measured == [1.0, 0.5, 0.25] and search.shortest == 0.25

@@ -32,6 +32,7 @@ from trpo_lm.core.adaptation import (
     noise,
     radius_inside,
     running_rms,
+    shrink_radius,
     wiener_damping,
 )
 from trpo_lm.core.advantages import gae, whiten
@@ -100,7 +101,7 @@ class TRPO(TRPOSettings):
         R, error = objective.reference_kl()
         state, limits = self.step_limits(state, halves_g, R, error, N)  # damping, budget, radius
         step = constrained_update(objective.theta, g, b, F, objective.measure, limits, self)
-        return learned(state, step, R), metrics(step, limits, noise(halves_g, N))
+        return learned(state, step, R, self.max_kl), metrics(step, limits, noise(halves_g, N))
 
     def step_limits(
         self, state: TRPOState, halves_g: Tensor, R: float, error: float, N: float
@@ -126,17 +127,23 @@ class TRPO(TRPOSettings):
         return state, StepLimits(radius, R, budget, damping, metric)
 
 
-def learned(state: TRPOState, update: Update, R: float) -> TRPOState:
+def learned(state: TRPOState, update: Update, R: float, max_kl: float) -> TRPOState:
     """Return the state after an update, whose predictions it is held against.
 
     Args:
         state: With what the batch added to it.
         update: What was done.
         R: R(theta_old) on the batch, nats per completion.
+        max_kl: Trust region, nats per completion.
     """
     step, search = update.step, update.search
     if not search.accepted:
-        return replace(state, reference=replace(state.reference, fitted=0.0))
+        rejected = step.kl * search.shortest**2
+        return replace(
+            state,
+            reference=replace(state.reference, fitted=0.0),
+            radius=shrink_radius(state.radius, max_kl=max_kl, rejected=rejected),
+        )
     budgeted = update.w is not None
     change = step.ref_change_at(search.scale) if budgeted else search.trial.ref_kl - R
     predicted = step.kl * search.scale**2

@@ -172,3 +172,16 @@ def learn_radius(past: RadiusRatio, *, kl: float, predicted: float) -> RadiusRat
     if not predicted > 0:
         return past
     return RadiusRatio(past.kl_ratio + 0.5 * (KL_MARGIN * kl / predicted - past.kl_ratio))
+
+
+def shrink_radius(past: RadiusRatio, *, max_kl: float, rejected: float) -> RadiusRatio:
+    """Return the ratio after a search without an accepted step: the next one starts below it.
+
+    Args:
+        past: The ratio so far.
+        max_kl: Trust region, nats.
+        rejected: Predicted KL of the shortest step that was tried, nats.
+    """
+    if not rejected > 0:
+        return past
+    return RadiusRatio(max(past.kl_ratio, KL_MARGIN * max_kl / rejected))

@@ -122,7 +122,11 @@ def constrained_update(
         return why_rejected(trial, step, scale, limits, settings)
 
     search = backtrack(
-        at, objection, ratio=settings.backtrack_ratio, trials=max(1, settings.line_search_trials)
+        at,
+        objection,
+        ratio=settings.backtrack_ratio,
+        trials=max(1, settings.line_search_trials),
+        excess=lambda trial: trial.kl / settings.max_kl,
     )
     if not search.accepted:
         theta.restore(theta_old)

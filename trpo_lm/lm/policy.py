@@ -60,6 +60,7 @@ CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
 PROBE_MOVE = 1e-2  # of each parameter, away from B = 0, while derivatives are compared
 PROBE_ERROR = {8: 1e-3, 4: 1e-3, 2: 0.03}  # relative, by bytes of a number; rounding: 1e-5, 0.01
 PROBE_LENGTH = 48  # tokens of the rows on which memory is measured, and a third of it
+SAME = {8: 1e-3, 4: 5e-3, 2: 0.1}  # relative, by bytes of a number: two roundings of one pass
 PULLBACK = 1.15  # what a retained graph holds, over the graph of the outputs alone
 ELEMENTWISE = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
@@ -416,8 +417,7 @@ class Policy:
             found = self.features(*probe)
         except Exception:  # a model without such a cache may raise anything
             return False
-        scale = 1e-4 if found.dtype in (torch.float32, torch.float64) else 0.1
-        return bool((found - plain).norm() <= scale * plain.norm())
+        return bool((found - plain).norm() <= SAME[found.dtype.itemsize] * plain.norm())
 
     def _working_products(self) -> list[str]:
         """Return which exact Fisher products work, of 'retained' and 'forward'.
