@@ -31,7 +31,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.divergences import categorical_kl
-from trpo_lm.core.fisher import FisherOperator, hessian_operator, twice_differentiable
+from trpo_lm.core.fisher import (
+    FisherOperator,
+    ForwardFisher,
+    ScoreFisher,
+    hessian_operator,
+    twice_differentiable,
+)
 from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
@@ -43,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 FIGURES = HERE.parent / "figures"
 EMBEDDED = HERE.parent.parent / "data" / "lm"
 PROMPT, LENGTH = 6, 24
-FISHER = TRPO().fisher_completions
+FISHER = 32  # completions on which the parts of an update are compared
 COMPLETIONS = {"film": 512, "six": 512, "small": 64, "qwen": 16}
 PHASES = {"gradients": "g and b", "fisher": "Fisher graph", "measure": "line search"}
 PEAKS = ("trpo", "ppo", "measure")
@@ -68,7 +74,7 @@ def build(size: str, model: str):
     )
 
 
-def setting(size: str, model: str, completions: int, length: int, micro_batch_size: int):
+def setting(size: str, model: str, completions: int, length: int):
     """Return the objective of random completions, with the policy away from its reference."""
     policy, noise = Policy(build(size, model)), generator(0, size)
     with torch.no_grad():
@@ -98,7 +104,7 @@ def setting(size: str, model: str, completions: int, length: int, micro_batch_si
         ),
         score_seconds=0.0,
     )
-    batch = Batch.from_rollout(policy, rollout, micro_batch_size=micro_batch_size)
+    batch = Batch.from_rollout(policy, rollout)
     A = rollout.padded(torch.randn(len(batch.actions), generator=noise))
     return BatchObjective(policy, batch, A, alone)
 
@@ -127,12 +133,12 @@ def updates(objective) -> dict:
 
 def subset(objective):
     """Return the objective of the first FISHER completions of a batch."""
-    policy, batch, r = objective.policy, objective.batch, objective.batch.rollout
+    policy, r = objective.policy, objective.batch.rollout
     rows = torch.arange(min(FISHER, len(r)))
     names = ("groups", "input_ids", "attention_mask", "action_mask", "truncated", "rewards")
     fields = vars(r) | {name: getattr(r, name)[rows] for name in names}
     fields |= {"prompts": [""] * len(rows), "completions": [""] * len(rows)}
-    few = Batch.from_rollout(policy, Rollout(**fields), micro_batch_size=batch.micro_batch_size)
+    few = Batch.from_rollout(policy, Rollout(**fields))
     return BatchObjective(policy, few, r.padded(objective.advantages)[rows], alone)
 
 
@@ -141,6 +147,10 @@ def pieces(objective) -> dict:
     policy, few, theta = objective.policy, objective.batch, objective.theta
     rows = torch.arange(len(few.rollout))
     F = objective.fisher(len(rows))
+    policy.exact_products = ["forward"]
+    kept_nothing = objective.fisher(len(rows))
+    policy.exact_products = ["retained", "forward"]
+    S = objective.scores()
     v = torch.randn(len(theta), generator=generator(1))
 
     def divergence():
@@ -150,9 +160,12 @@ def pieces(objective) -> dict:
         return categorical_kl(old=new.detach(), new=new).sum() / objective.N
 
     out = {
-        "forward": lambda: all_features(policy, few.rollout, few.micro_batch_size),
+        "forward": lambda: all_features(policy, few.rollout),
         "forward+backward of L": lambda: objective.gradients(reference=False),
         "product": lambda: F(v),
+        "product, forward mode": lambda: kept_nothing(v),
+        "scores": objective.scores,
+        "product of scores": lambda: S.T @ (S @ v),
     }
     if policy.vocabulary_size * len(few.actions) < 2e7:  # all of [tokens, V] in one graph
         H = hessian_operator(theta, divergence())
@@ -161,24 +174,10 @@ def pieces(objective) -> dict:
     return out
 
 
-def differences(objective, pieces: dict) -> dict:
-    """Return a product by finite differences beside the forward+backward.
-
-    Apart from the other pieces: it moves the parameters, and graphs to them are void after that.
-    """
-    policy = objective.policy
-    policy.lacks_second_derivative = "measured here"
-    F = objective.fisher(FISHER)
-    policy.lacks_second_derivative = None
-    v = torch.randn(len(policy.parameters), generator=generator(1))
-    name = "forward+backward of L"
-    return {name: pieces[name], "product, finite difference": lambda: F(v)}
-
-
-def alternate(works: dict, repeats: int) -> dict[str, list[float]]:
-    """Time each work `repeats` times in turn, after one round that is not counted."""
+def alternate(works: dict, repeats: int, *, warm: bool = True) -> dict[str, list[float]]:
+    """Time each work `repeats` times in turn; with `warm`, one round before is not counted."""
     seconds = {name: [] for name in works}
-    for i in range(repeats + 1):
+    for i in range(not warm, repeats + 1):
         for name, work in works.items():
             start = time.process_time()
             work()
@@ -200,7 +199,8 @@ class Meter:
         with ExitStack() as stack:
             for name, phase in PHASES.items():
                 stack.enter_context(self._replaced(BatchObjective, name, phase))
-            stack.enter_context(self._replaced(FisherOperator, "__call__", "products"))
+            for kind in (FisherOperator, ForwardFisher, ScoreFisher):
+                stack.enter_context(self._replaced(kind, "__call__", "products"))
             passes, gradient = Policy.hidden_and_features, ParameterVector.gradient
 
             def forward(policy, ids, *rest):
@@ -302,14 +302,12 @@ def rollout_speed(policy, repeats: int) -> dict[str, list[float]]:
 def report(size: str, args) -> dict:
     """Measure one size."""
     N = args.completions or COMPLETIONS[size]
-    objective = setting(size, args.model, N, LENGTH, args.micro_batch_size)
+    objective = setting(size, args.model, N, LENGTH)
     tokens = len(objective.batch.actions)
     out = {"completions": N, "tokens": tokens, "trainable": len(objective.theta)}
     few = subset(objective)
     parts = pieces(few)
     of_pieces = ratios(alternate(parts, args.repeats), "forward+backward of L")
-    parts = differences(few, parts)
-    of_pieces |= ratios(alternate(parts, args.repeats), "forward+backward of L")
     out["over forward+backward of L"] = of_pieces
     works, meter = updates(objective), Meter()
     with meter.watching():
@@ -338,7 +336,6 @@ def peak(size: str, name: str, args, completions: int, length: int) -> float:
     command = [
         sys.executable, __file__, "--peak", name, "--sizes", size, "--model", str(args.model),
         "--completions", str(completions), "--length", str(length),
-        "--micro_batch_size", str(args.micro_batch_size),
     ]  # fmt: skip
     # Every tensor in pages of its own: what is freed is gone, and holes in the heap do not count.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -348,13 +345,18 @@ def peak(size: str, name: str, args, completions: int, length: int) -> float:
 
 def peak_here(size: str, name: str, args) -> float:
     """Do a work once and return how far resident memory rose above where it stood, MiB."""
-    objective = setting(size, args.model, args.completions, args.length, args.micro_batch_size)
+    objective = setting(size, args.model, args.completions, args.length)
     works = updates(objective) | {"measure": objective.measure}
     gc.collect()
+    return high_water(works[name])
+
+
+def high_water(work) -> float:
+    """Do a work and return how far resident memory rose above where it stood, MiB."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, or a work would find it there
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _resident("VmRSS")
-    works[name]()
+    work()
     return round((_resident("VmHWM") - before) / 1024, 1)
 
 
@@ -375,9 +377,7 @@ def scaling(args):
     for axis, values in axes.items():
         for value in values:
             at = {"completions": 128, "length": 16, "width": 64} | {axis: value}
-            objective = setting(
-                str(at["width"]), "", at["completions"], at["length"], args.micro_batch_size
-            )
+            objective = setting(str(at["width"]), "", at["completions"], at["length"])
             times = alternate({"trpo": updates(objective)["trpo"]}, args.repeats)["trpo"]
             rows.append({"axis": axis, "value": value, "seconds": statistics.median(times)})
     with (FIGURES / "update_cost.csv").open("w", newline="") as file:
@@ -403,7 +403,6 @@ def main():
     parser.add_argument("--model", default=str(EMBEDDED), help="the LM of size 'film'")
     parser.add_argument("--completions", type=int, help="in the batch")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a completion")
-    parser.add_argument("--micro_batch_size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", default="update_cost.json", help="file for all figures")
     parser.add_argument("--scaling", action="store_true", help="the picture instead")

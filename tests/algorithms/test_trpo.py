@@ -18,6 +18,7 @@ from trpo_lm.core.adaptation import (
     ReferenceFilter,
     budget_on_batch,
     learn_radius,
+    radius_inside,
 )
 from trpo_lm.core.advantages import whiten
 from trpo_lm.core.conjugate_gradient import CGSolution, conjugate_gradient

@@ -1,5 +1,6 @@
 """Fisher products against a dense Fisher built from Jacobians, in float64."""
 
+import gc
 import weakref
 
 import pytest
@@ -8,18 +9,22 @@ import torch
 
 import trpo_lm.lm.objective
 import trpo_lm.lm.policy
+from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.core.fisher import (
-    FiniteDifference,
     FisherOperator,
+    ForwardFisher,
+    ScoreFisher,
     hessian_operator,
     linearised_activations,
+    pullback,
     softmax_curvature,
     twice_differentiable,
 )
 from trpo_lm.core.parameters import ParameterVector
-from trpo_lm.errors import TrpoLMError
-from trpo_lm.lm.objective import head_curvature
+from trpo_lm.lm.memory import saved_bytes
+from trpo_lm.lm.objective import BatchObjective, head_curvature
+from trpo_lm.lm.rollout import Batch
 
 WIDE = 10**6  # completions in the Fisher: all
 EXACT = 1e-6  # Llama's norm and rotary angles are float32 in a float64 model; N01 asks for 1e-4
@@ -190,7 +195,104 @@ def test_N08_the_default_attention_has_no_second_derivative_and_the_switch_mends
     assert torch.isfinite(product).all()
 
 
-# ---- finite differences ----
+# ---- products that retain nothing, and those of sampled scores ----
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "neox"])
+@pytest.mark.parametrize("way", ["retained", "forward"])
+def test_exact_products_in_float32_equal_the_dense_ones_to_1e5(kind, way):
+    adapter = tiny.lora(target_modules=["c_attn", "q_proj", "up_proj", "query_key_value"])
+    exact = tiny.policy(kind, dtype=torch.float64, spread=0.3, peft=adapter)
+    policy = tiny.policy(kind, spread=0.3, peft=adapter)
+    batch = tiny.batch(exact, each=1, length=3)
+    policy.room.most = 12  # several pieces
+    F, policy.exact_products = dense_fisher(exact, batch), [way]
+    same = Batch.from_rollout(policy, batch.rollout)
+    operator = tiny.objective(policy, same).fisher(WIDE)
+    assert isinstance(operator, FisherOperator if way == "retained" else ForwardFisher)
+    product = tiny.dense(lambda v: operator(v.float()).double(), policy.parameters.size)
+    assert relative(product, F) < 1e-5
+
+
+def test_a_forward_product_keeps_nothing_and_leaves_the_parameters_alone():
+    policy = tiny.policy("llama", spread=0.3)
+    batch, policy.exact_products = tiny.batch(policy), ["forward"]
+    operator = tiny.objective(policy, batch).fisher(WIDE)
+    v = torch.ones(policy.parameters.size)
+    before, names = policy.parameters.checksum(), [n for n, _ in policy.model.named_parameters()]
+    counts = []
+    for _ in range(3):
+        operator(v)
+        counts.append(live_tensors())
+    assert counts[0] == counts[1] == counts[2]
+    assert policy.parameters.checksum() == before
+    assert [n for n, _ in policy.model.named_parameters()] == names
+
+
+def live_tensors():
+    gc.collect()
+    return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+
+def test_what_a_pullback_saves_that_is_zero_takes_no_memory(monkeypatch):
+    policy = tiny.policy("llama", spread=0.3)
+    inputs = policy._probe_rows(32)
+    held, hooks = [], torch.autograd.graph.saved_tensors_hooks
+
+    def counting(pack, unpack):
+        def counted(tensor):
+            kept = pack(tensor)
+            new = kept if isinstance(kept, torch.Tensor) else kept[1]
+            held.append((tensor.nbytes, new.untyped_storage().data_ptr(), new.nbytes))
+            return kept
+
+        return hooks(counted, unpack)
+
+    outputs = policy.linearised(*inputs)
+    weights = {p.data_ptr() for p in policy.model.parameters()}
+    graph = saved_bytes(lambda: policy.linearised(*inputs), weights)
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", counting)
+    pullback(policy.parameters, outputs)
+    saved, kept = sum(h[0] for h in held), sum(h[2] for h in held if h[2] < 64)
+    assert saved > 0.5 * graph, "a pullback saves about as much as the graph of the outputs"
+    zeros = sum(h[0] for h in held if h[2] < 64)
+    assert zeros > 0.3 * saved and kept < 0.01 * saved
+
+
+def sampled_fisher(policy, batch, seeds, draws):
+    """Return the mean of S^T S / N over seeds, dense."""
+    total = torch.zeros(policy.parameters.size, policy.parameters.size, dtype=torch.float64)
+    for seed in seeds:
+        objective = BatchObjective(policy, batch, None, tiny.identity, (seed,))
+        S = objective.scores(draws)
+        total += S.T @ S / len(batch.rollout) / len(seeds)
+    return total
+
+
+@pytest.mark.parametrize("draws", [999, 2])  # one score a completion, or one for half the batch
+def test_products_of_sampled_scores_converge_as_one_over_the_root_of_their_number(draws):
+    adapter = tiny.lora(target_modules=["q_proj", "up_proj"])
+    policy = tiny.policy("llama", dtype=torch.float64, spread=0.3, temperature=0.7, peft=adapter)
+    batch = tiny.batch(policy, each=1, length=3)
+    F = dense_fisher(policy, batch)
+    errors = [relative(sampled_fisher(policy, batch, range(n), draws), F) for n in (20, 320)]
+    assert errors[1] < 0.25 and 2.5 < errors[0] / errors[1] < 6.5  # root of 16, by sampling
+
+
+def test_scores_make_the_product_where_no_exact_one_works():
+    policy = tiny.policy(spread=0.3)
+    batch, policy.exact_products = tiny.batch(policy, each=6), []
+    objective = tiny.objective(policy, batch)
+    F, S = objective.fisher(), objective.scores()
+    assert isinstance(F, ScoreFisher) and len(S) == len(batch.rollout)
+    v = torch.randn(policy.parameters.size)
+    torch.testing.assert_close(F(v), S.T @ (S @ v) / len(batch.rollout))
+    rule = TRPO(max_kl=0.01)
+    _, row = rule.update(objective, rule.init_state(policy.parameters))
+    assert row["line_search/accepted"] and row["cg/product"] == "scores"
+
+
+# ---- which products work ----
 
 
 class Kernel(torch.autograd.Function):
@@ -216,6 +318,31 @@ class MarkedKernel(Kernel):
     backward = staticmethod(torch.autograd.function.once_differentiable(Kernel.backward))
 
 
+class Distorted(torch.autograd.Function):
+    """A product whose own derivative is 1.3 times too large."""
+
+    @staticmethod
+    def forward(ctx, grad, slope):
+        ctx.save_for_backward(slope)
+        return grad * slope
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.3 * grad * ctx.saved_tensors[0], None
+
+
+class WrongKernel(Kernel):
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return Distorted.apply(grad, (1 - y * y).detach())
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (y,) = ctx.saved_tensors
+        return 1.3 * tangent * (1 - y * y)
+
+
 class Activation(torch.nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -225,48 +352,28 @@ class Activation(torch.nn.Module):
         return self.function(x)
 
 
-def with_activation(function):
-    model = tiny.build()
+def with_activation(function, layers=2):
+    model = tiny.build(n_layer=layers)
     for block in model.transformer.h:
         block.mlp.act = Activation(function)
     return tiny.policy(model=model, spread=0.3)
 
 
-@pytest.mark.parametrize("kernel", [Kernel, MarkedKernel])
-def test_kernels_without_second_derivative_get_their_products_as_finite_differences(kernel, caplog):
-    plain, policy = with_activation(torch.tanh), with_activation(kernel.apply)
-    assert plain.lacks_second_derivative is None
-    assert [r.getMessage().count("finite differences") for r in caplog.records] == [1]
-    batch, same = tiny.batch(plain), tiny.batch(policy)
-    exact = tiny.objective(plain, batch).fisher(WIDE)
-    near = tiny.objective(policy, same).fisher(WIDE)
-    assert isinstance(exact, FisherOperator) and isinstance(near, FiniteDifference)
-    before = policy.parameters.checksum()
-    for seed, length in ((0, 1.0), (1, 1e-4), (2, 1e3)):
-        noise = torch.Generator().manual_seed(seed)
-        v = length * torch.randn(policy.parameters.size, generator=noise)
-        assert relative(near(v), exact(v)) < 0.002
-    assert policy.parameters.checksum() == before
-    assert not near(torch.zeros_like(v)).any()
+@pytest.mark.parametrize("kernel", [Kernel, MarkedKernel, WrongKernel])
+@pytest.mark.parametrize("layers", [1, 2, 12])
+def test_B22_a_kernel_that_drops_or_distorts_a_derivative_is_found(kernel, layers):
+    assert with_activation(torch.tanh, layers).exact_products == ["retained", "forward"]
+    assert "retained" not in with_activation(kernel.apply, layers).exact_products
 
 
-def test_a_direction_without_curvature_has_a_finite_product_of_zero():
-    policy = with_activation(MarkedKernel.apply)
-    theta = policy.parameters
-    for p in theta.tensors[1::2]:
-        p.data.zero_()  # LoRA's B
-    F = tiny.objective(policy, tiny.batch(policy)).fisher(WIDE)
-    null = theta.flatten([torch.ones_like(p) * (i % 2 == 0) for i, p in enumerate(theta.tensors)])
-    assert torch.equal(F(null), torch.zeros_like(null))
-    assert torch.isfinite(F(torch.ones_like(null))).all()
-
-
-def test_finite_differences_are_refused_in_half_precision():
-    policy = tiny.policy(model=tiny.build(dtype=torch.bfloat16))
-    policy.lacks_second_derivative = "as a kernel says that has none"
-    with pytest.raises(TrpoLMError, match="half-precision") as error:
-        tiny.objective(policy, tiny.batch(policy)).fisher(WIDE)
-    assert "bf16=False" in str(error.value)
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "neox", "gemma2"])
+@pytest.mark.parametrize(("layers", "width"), [(1, 8), (2, 64), (12, 16), (40, 32)])
+def test_B22_an_exact_model_is_never_called_inexact(kind, layers, width):
+    size = {"n_layer": layers, "n_embd": width} if kind == "gpt2" else {
+        "num_hidden_layers": layers, "hidden_size": width,
+    }  # fmt: skip
+    policy = tiny.policy(model=tiny.build(kind, **size))
+    assert policy.exact_products == ["retained", "forward"]
 
 
 @pytest.mark.parametrize("function", [torch.nn.SiLU(), torch.nn.GELU("tanh"), torch.nn.ReLU()])

@@ -101,7 +101,9 @@ class TRPO(TRPOSettings):
         R, error = objective.reference_kl()
         state, limits = self.step_limits(state, halves_g, R, error, N)  # damping, budget, radius
         step = constrained_update(objective.theta, g, b, F, objective.measure, limits, self)
-        return learned(state, step, R, self.max_kl), metrics(step, limits, noise(halves_g, N))
+        row = metrics(step, limits, noise(halves_g, N))
+        row |= {"cg/product": F.name, "cg/completions": F.count}
+        return learned(state, step, R, self.max_kl), row
 
     def step_limits(
         self, state: TRPOState, halves_g: Tensor, R: float, error: float, N: float

@@ -126,6 +126,8 @@ class FisherOperator:
         reduce: Sums a tensor over ranks.
     """
 
+    name = "retained"
+
     def __init__(
         self,
         theta: ParameterVector,
@@ -162,6 +164,8 @@ class ForwardFisher:
         reduce: Sums a tensor over ranks.
     """
 
+    name = "forward"
+
     def __init__(
         self,
         theta: ParameterVector,
@@ -197,6 +201,8 @@ class ScoreFisher:
     Source: on sampling from the model rather than the data, Kunstner et al. (2019),
     arXiv:1905.12558.
     """
+
+    name = "scores"
 
     def __init__(self, scores: Tensor, *, count: float = 1.0, reduce: Reduce = lambda t: t):
         self.scores, self.count, self.reduce = scores, count, reduce

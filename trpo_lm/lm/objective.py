@@ -178,16 +178,15 @@ class BatchObjective:
             fixed: Whether they may not become fewer.
         """
         policy, length = self.policy, self.batch.rollout.attention_mask.sum(-1)
-        while True:
-            tokens, longest = int(length[rows].sum()), int(length[rows].max())
-            fits = policy.room.holds("fisher", tokens, longest)
-            if fits or fixed or len(rows) * self.N <= FEWEST * len(length):
-                break
-            rows = rows[::2]
-        full = float(self.reduce(torch.tensor(float(not fits), dtype=torch.float64)))
-        if not full and "retained" in policy.exact_products:
-            return "retained", rows
-        return ("forward" if "forward" in policy.exact_products else "scores"), rows
+        fewest = FEWEST * len(length) / self.N
+        kind = choose_product(policy, length[rows])[0]
+        while kind != "retained" and not fixed and len(rows) > fewest:
+            rows = rows[: math.ceil(len(rows) / 2)]
+            kind = choose_product(policy, length[rows])[0]
+        others = float(kind != "retained")  # on any rank: then on all
+        if self.reduce(torch.tensor(others, dtype=torch.float64)) and kind == "retained":
+            kind = "forward" if "forward" in policy.exact_products else "scores"
+        return kind, rows
 
     def scores(self, draws: int = SCORES) -> Tensor:
         """Return the scores of actions drawn from the policy at the states of the batch, (K, M).
@@ -241,6 +240,25 @@ class BatchObjective:
         sums = torch.stack([gain, kl.double().sum(), (prefix * ref_kl).sum()])
         means = self.reduce(sums) / self.N
         return Measurement(float(means[0]), float(means[1]), float(means[2]), float(kl.max()))
+
+
+def choose_product(policy: Policy, lengths: Tensor) -> tuple[str, str]:
+    """Return how Fisher products over rows of these lengths are made, and why.
+
+    Returns:
+        'retained', 'forward' or 'scores', the cheapest way that works and fits; and the reason.
+    """
+    tokens, longest = int(lengths.sum()), int(lengths.max())
+    size = policy.room.costs["fisher"].per_token(longest) * tokens / 2**30
+    graph = f"the graph of {tokens} tokens takes {size:.2g} GiB"
+    fits = policy.room.holds("fisher", tokens, longest)
+    if fits and "retained" in policy.exact_products:
+        return "retained", f"exact; {graph}"
+    if "forward" in policy.exact_products:
+        fault = policy.product_faults.get("retained", f"{graph}, too much here")
+        return "forward", f"exact, nothing is kept; {fault}"
+    fault = "; ".join(f"{name}: {why}" for name, why in policy.product_faults.items())
+    return "scores", f"sampled, by first derivatives only; {fault}"
 
 
 def forward_piece(

@@ -85,6 +85,7 @@ class Policy:
         head: The frozen output layer; None where the features are logits.
         shares_prefixes: Whether what rows begin with is computed once.
         exact_products: Which exact Fisher products work, of 'retained' and 'forward'.
+        product_faults: Why the others do not.
         room: How many tokens each phase may put through the model at once.
         cache_argument: Under which name the model takes a key-value cache.
 
@@ -131,6 +132,7 @@ class Policy:
         ]
         self.shares_prefixes = False
         self.shares_prefixes = self._prefixes_can_be_shared()
+        self.product_faults: dict[str, str] = {}
         self.exact_products = self._working_products()
         weights = sum(p.nbytes for p in self.model.parameters())
         budget = SHARE * (device_memory(self.device) - weights)
@@ -445,10 +447,12 @@ class Policy:
                 try:
                     error = adjoint_error(u, c, jvp)
                 except (RuntimeError, NotImplementedError) as missing:
-                    logger.info("no %s Fisher products: %s", name, str(missing).splitlines()[0])
+                    self.product_faults[name] = str(missing).splitlines()[0]
                     continue
                 if error < PROBE_ERROR[features.dtype.itemsize]:
                     working.append(name)
+                else:
+                    self.product_faults[name] = f"a layer's derivative is off by {error:.1%}"
         finally:
             theta.restore(start)
         return working

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from trpo_lm.config import Limits
 from trpo_lm.lm.mdp import TokenMDP, ignored_sampling
+from trpo_lm.lm.objective import FEWEST, FISHER_SHARE, choose_product
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
@@ -100,6 +104,18 @@ def sampling_notes(parts: Parts) -> list[str]:
     if ignored := ignored_sampling(parts.policy.base):
         notes.append(f"sampling is neutral in training; the model's own {ignored} is not used")
     return notes
+
+
+def product_notes(policy: Policy, settings: Settings) -> list[str]:
+    """Return how Fisher products will be made, judged by the longest completions allowed."""
+    if "fisher_completions" not in settings:
+        return []
+    completions = settings["prompts_per_update"] * settings["completions_per_prompt"]
+    rows = settings["fisher_completions"] or max(FEWEST, math.ceil(completions * FISHER_SHARE))
+    each = math.ceil(min(rows, completions) / settings["world_size"])
+    lengths = torch.full((each,), settings["max_completion_length"])
+    kind, why = choose_product(policy, lengths)
+    return [f"Fisher products of {rows} completions: {kind} ({why})"]
 
 
 def samples(

@@ -53,6 +53,8 @@ METRICS: dict[str, str] = {
     "cg/residual": "relative residual of the gradient's solve, dimensionless",
     "cg/status": "how the gradient's solve ended: converged, max_iterations, indefinite, nonfinite",
     "cg/ref_status": "how the solve for the reference KL ended; null without a budget",
+    "cg/product": "how Fisher products were made: retained, forward (both exact) or scores",
+    "cg/completions": "completions whose tokens made up the Fisher products, of all processes",
     "cg/damping": "damping of both solves, as a share of the curvature along their right-hand side",
     "line_search/trials": "step lengths tried",
     "line_search/accepted": "whether a step was taken",

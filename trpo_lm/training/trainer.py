@@ -41,6 +41,7 @@ from trpo_lm.training.display import (
     Display,
     banner,
     before_and_after,
+    product_notes,
     samples,
     sampling_notes,
     show_outcome,
@@ -171,7 +172,7 @@ class Trainer:
         first_score = next((score for score in scores if score is not None), None)
         settings = self.archive.settings
         self.display.banner(banner(self.parts, self.algorithm.limits, settings), first_score)
-        for note in sampling_notes(self.parts):
+        for note in (*sampling_notes(self.parts), *product_notes(self.policy, settings)):
             self.display.note(note)
         self._boundary = self._snapshot()
         self.callbacks.event("on_train_begin")
