@@ -179,7 +179,7 @@ def test_the_prompts_it_was_evaluated_on_are_kept_with_their_columns(scene):
 
 def test_the_merged_model_says_what_the_policy_says_and_so_does_vanilla_peft(scene, tmp_path):
     folder, made = scene
-    merge(open_run(folder / "run", bf16=False), tmp_path / "merged")
+    merge(open_run(folder / "run", plain=True), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not hasattr(merged, "peft_config")
     vanilla = PeftModel.from_pretrained(

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trpo_lm.config import ModelSettings
 from trpo_lm.core.divergences import log_softmax
 from trpo_lm.core.fisher import (
     lacks_second_derivative,
@@ -44,7 +45,14 @@ from trpo_lm.core.fisher import (
 )
 from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.lm.loading import load_model, require_single_device, trainable_tensors, with_adapter
+from trpo_lm.lm.loading import (
+    is_quantized,
+    load_model,
+    require_no_loading,
+    require_single_device,
+    trainable_tensors,
+    with_adapter,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,22 +67,24 @@ class Policy:
     Args:
         model: Hugging Face name or path, a causal LM, or a PeftModel (its adapter is trained on,
             and a frozen copy of it is the reference).
-        peft_config: Adapter to add; `loading.default_lora()` when None.
+        peft_config: Adapter to add; the LoRA of `settings` when None.
+        settings: How to load a model that is given by name, and which LoRA to add; the defaults
+            when None.
         temperature: Divides logits wherever the policy is evaluated or sampled, > 0.
-        bf16: Load the frozen base in bfloat16; adapters stay in float32.
         gradient_checkpointing: Recompute activations in backward passes (non-reentrant).
         seed: The adapters' initial values derive from it.
         device: Where to put the model; None leaves it where it is.
 
     Attributes:
         model: The PeftModel; `base` is the causal LM inside it.
+        quantized: Whether weights of the base are quantised, by whatever library.
         parameters: theta, M numbers.
         head: The frozen output layer; None where the features are logits.
         lacks_second_derivative: Why `linearised` cannot be differentiated twice; None if it can.
 
     Raises:
-        TrpoLMError: If the model cannot be loaded, is split across devices, or has no trainable
-            parameters.
+        TrpoLMError: If the model cannot be loaded, is split across devices, has no trainable
+            parameters, or is an object that the settings cannot apply to.
         RunFault: If its logits are not finite.
     """
 
@@ -82,21 +92,25 @@ class Policy:
         self,
         model: str | PreTrainedModel | PeftModel,
         peft_config: PeftConfig | None = None,
+        settings: ModelSettings | None = None,
         *,
         temperature: float = 1.0,
-        bf16: bool = False,
         gradient_checkpointing: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
     ):
         self.name = model if isinstance(model, str) else model.config.name_or_path or "model"
+        settings = settings or ModelSettings()
         if isinstance(model, str):
-            model = load_model(model, bf16=bf16)
+            model = load_model(model, settings, device=device)
+        else:
+            require_no_loading(model, settings)
         require_single_device(model)
         if device is not None:
             model = model.to(device)  # type: ignore[arg-type]
         self.came_with_adapter = isinstance(model, PeftModel)
-        self.model = with_adapter(model, peft_config, seed=seed)
+        self.quantized = is_quantized(model)
+        self.model = with_adapter(model, peft_config, settings, seed=seed)
         self.base: Any = self.model.get_base_model()
         self.temperature = temperature
         self._recompute = False  # layers recompute their activations in the backward pass
@@ -295,10 +309,17 @@ class Policy:
         return run
 
     def _second_derivative_missing(self) -> str | None:
-        """Return why there is no second derivative, tested on a probe; None where there is one."""
-        probe = self.probe_inputs()
-        probe["state_mask"] = probe["attention_mask"].bool()
-        reason = lacks_second_derivative(lambda: self.linearised(**probe), self.parameters)
+        """Return why there is no second derivative, tested on a probe; None where there is one.
+
+        Kernels for quantised weights are not probed: bitsandbytes' second derivative is wrong
+        without saying so.
+        """
+        if self.quantized:
+            reason = "the weights are quantised"
+        else:
+            probe = self.probe_inputs()
+            probe["state_mask"] = probe["attention_mask"].bool()
+            reason = lacks_second_derivative(lambda: self.linearised(**probe), self.parameters)
         if reason is not None:
             logger.warning("Fisher products fall back to finite differences: %s", reason)
         return reason

@@ -64,9 +64,12 @@ class RewardModel:
     ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from trpo_lm.lm.loading import require_safetensors
+
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         self.__name__ = name.rstrip("/").split("/")[-1] or type(model).__name__
         if isinstance(model, str):
+            require_safetensors(name, "transformers.AutoModelForSequenceClassification")
             options = {"output_loading_info": True, "use_safetensors": True}
             model, info = _load(AutoModelForSequenceClassification, name, **options)
             if info["missing_keys"] and not allow_untrained_head:
