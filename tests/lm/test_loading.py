@@ -238,6 +238,7 @@ DAMAGE = {
     "a layer": lambda t: {k: v for k, v in t.items() if not re.search(r"\.1\.(mlp|attn)", k)},
     "one bias or norm": lambda t: {k: v for k, v in t.items() if k != sorted(t)[-1]},
     "wrong prefix": lambda t: {f"module.{k}": v for k, v in t.items()},
+    "wrong shapes": lambda t: {k: torch.cat([v, v]) for k, v in t.items()},
 }
 
 
@@ -254,7 +255,7 @@ def test_B02_weights_that_the_files_lack_are_named(tmp_path, kind, damage, below
         named = str(tmp_path / "adapter")
     load_model(named)
     rewrite(folder, DAMAGE[damage])
-    with pytest.raises(TrpoLMError, match=r"lack \d+ of its weights: \w+\.") as error:
+    with pytest.raises(TrpoLMError, match=r"lack \w+\..*") as error:
         Policy(named)
     assert folder in error.value.what and error.value.where == "model"
 
@@ -264,7 +265,7 @@ def test_B02_an_output_layer_is_missing_unless_it_is_tied(tmp_path, kind):
     _, folder = saved(tmp_path / "own", kind)
     name = {"llama": "lm_head.weight", "neox": "embed_out.weight"}[kind]
     rewrite(folder, lambda t: {k: v for k, v in t.items() if k != name})
-    with pytest.raises(TrpoLMError, match="lack 1 of its weights"):
+    with pytest.raises(TrpoLMError, match=r"lack lm_head\.weight \("):
         load_model(folder)
     _, tied = saved(tmp_path / "tied", kind, tie_word_embeddings=True)
     assert name not in load_file(Path(tied) / "model.safetensors")

@@ -18,6 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,8 @@ from trpo_lm.config import LORA, ModelSettings
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.seeds import global_seed
 
+# How files are read: no code in them, and what they lack is reported.
+REPORTED = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 _SAFE = {"trust_remote_code": False}  # False, unlike None, also never asks on the terminal
 
 
@@ -140,18 +143,29 @@ def _quantisation(
 def _base(name: str, options: dict[str, Any], *, plain: bool) -> PreTrainedModel:
     """Load a causal LM whose files hold all its weights."""
     require_safetensors(name, "transformers.AutoModelForCausalLM")
-    options = {"use_safetensors": True, "output_loading_info": True, **options, **_SAFE}
+    options = {**REPORTED, **options, **_SAFE}
     model, report = AutoModelForCausalLM.from_pretrained(name, **options)  # type: ignore[misc]
-    if missing := sorted(report["missing_keys"]):
+    if lacking := missing_weights(report):
         raise TrpoLMError(
-            f"the files of model {name!r} lack {len(missing)} of its weights: "
-            f"{', '.join(missing[:4])}" + (", ..." if len(missing) > 4 else ""),
+            f"the files of model {name!r} lack {lacking}",
             where="model",
             hint="name a complete causal LM, saved by save_pretrained of that class",
         )
-    if not plain:
-        return model
-    return (model.dequantize() if is_quantized(model) else model).float()
+    return _plain(model) if plain else model
+
+
+def _plain(model: Any) -> PreTrainedModel:
+    """Turn weights into float32 numbers, in layers of the classes that the model's files have."""
+    paths = [p for p, m in model.named_modules() if getattr(m, "source_cls", None) is Conv1D]
+    if is_quantized(model):
+        model = model.dequantize()
+    for path in paths:  # dequantised to Linear, whose weight is transposed
+        linear = model.get_submodule(path)
+        layer = Conv1D(linear.out_features, linear.in_features)
+        layer.weight = torch.nn.Parameter(linear.weight.data.T.contiguous())
+        layer.bias = linear.bias
+        model.set_submodule(path, layer)
+    return model.float()
 
 
 def _adapted(base: PreTrainedModel, folder: str) -> PeftModel:
@@ -160,6 +174,16 @@ def _adapted(base: PreTrainedModel, folder: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+def missing_weights(report: dict[str, Any]) -> str:
+    """Return the weights that files lack, or hold in another shape, as words; "" if none.
+
+    Args:
+        report: From `from_pretrained` with the options `REPORTED`. Tied weights are not missing.
+    """
+    names = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more weights" if names[4:] else "")
 
 
 def require_safetensors(folder: str, loader: str) -> None:
