@@ -3,8 +3,9 @@
     python recipes/merge.py runs/sentiment merged
     python recipes/merge.py runs/sentiment merged --checkpoint best
 
-The weights are written in float32, so that the merged logits equal the policy's. Sample the merged
-model at the temperature of the training.
+The weights are written in float32, so that the merged logits equal the policy's; a base that was
+quantised for the training is written as the weights it was quantised to. Sample the merged model at
+the temperature of the training.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def run() -> None:
 
     from trpo_lm.analysis.saved_run import merge, open_run
 
-    opened = open_run(a.run, a.checkpoint, bf16=False)
+    opened = open_run(a.run, a.checkpoint, plain=True)
     merge(opened, a.out)
     print(f"{a.checkpoint} policy (update {opened.update}) merged: {a.out}")
     temperature = opened.settings["temperature"]

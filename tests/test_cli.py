@@ -11,7 +11,7 @@ import pytest
 
 import trpo_lm
 from trpo_lm.cli import command_line, main, parse
-from trpo_lm.config import TrainerConfig, TRPOSettings, option
+from trpo_lm.config import PPOSettings, TrainerConfig, TRPOSettings, option
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 
 
@@ -42,23 +42,24 @@ def yaml_file(tmp_path):
 
 def test_flags_become_settings():
     arguments, trpo, trainer = read(
-        "--model", "gpt2", "--max_kl", "1e-2", "--max-ref-kl=none", "--bf16",
+        "--model", "gpt2", "--max_kl", "1e-2", "--max-ref-kl=none", "--load-in-4bit",
         "--gradient_checkpointing", "false", "--tags", "a", "b", "--reward_weights", "1", "-5e-1",
     )  # fmt: skip
     assert arguments == Arguments("gpt2", ["a", "b"])
     assert trpo == TRPOSettings(max_kl=0.01, max_ref_kl=None)
-    assert trainer == TrainerConfig(bf16=True, reward_weights=[1.0, -0.5])
+    assert trainer == TrainerConfig(load_in_4bit=True, reward_weights=[1.0, -0.5])
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(yaml_file):
     file = yaml_file(
-        "max_kl: 1e-3\nlam: 1\nupdates: 7\nrun_name: 'no'\nbf16: yes\nreward_weights: [1, -2e-1]\n"
-        "max_ref_kl: null\nseed: 010\n"
+        "max_kl: 1e-3\nlam: 1\nupdates: 7\nrun_name: 'no'\nload_in_8bit: yes\n"
+        "reward_weights: [1, -2e-1]\nmax_ref_kl: null\nseed: 010\n"
     )
     _, trpo, trainer = read("--updates", "9", file=file)
     assert (trpo.max_kl, trpo.lam, trpo.max_ref_kl) == (0.001, 1.0, None)
     assert isinstance(trpo.lam, float)
-    assert (trainer.updates, trainer.run_name, trainer.bf16, trainer.seed) == (9, "no", True, 10)
+    assert (trainer.updates, trainer.run_name, trainer.seed) == (9, "no", 10)
+    assert trainer.load_in_8bit is True
     assert trainer.reward_weights == [1.0, -0.2]
     assert trainer.save_steps == TrainerConfig().save_steps
 
@@ -111,7 +112,7 @@ def test_help_answers_at_once_and_without_torch(tmp_path):
     assert re.search(
         r"--max_kl FLOAT\s+trust region:.*\n.*nats per completion \[0\.1\]", done.stdout
     )
-    assert "--bf16 true|false" in done.stdout
+    assert "--load_in_4bit true|false" in done.stdout
 
 
 def trpo_root():
@@ -141,6 +142,34 @@ def test_C01_unknown_setting_names_its_place_and_the_nearest_name(yaml_file):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "use"),
+    [
+        ("bf16", "true", "--dtype bfloat16"),
+        ("num_generations", "8", "use completions_per_prompt"),
+        ("max_steps", "100", "use updates"),
+        ("beta", "0.04", "max_ref_kl"),
+        ("learning-rate", "1e-6", "max_kl"),
+        ("use_vllm", "true", "not supported yet"),
+        ("per_device_train_batch_size", "8", "prompts_per_update"),
+        ("max_new_tokens", "64", "use max_completion_length"),
+    ],
+)
+def test_C01_a_name_of_another_library_is_answered_with_the_one_to_use(yaml_file, name, value, use):
+    file = yaml_file(f"seed: 1\n{name}: {value}\n")
+    for words, where in ((["--" + name, value], "command line"), ([], f"{file}, line 2")):
+        with pytest.raises(
+            TrpoLMError, match=f"unknown setting '{name.replace('-', '.')}'"
+        ) as error:
+            read(*words, file=None if words else file)
+        assert use in error.value.what and error.value.where == where
+
+
+def test_settings_of_the_other_algorithms_keep_their_names():
+    (ppo,) = parse((PPOSettings,), ["--beta", "0.2", "--learning_rate", "0.1"])
+    assert (ppo.beta, ppo.learning_rate) == (0.2, 0.1)
+
+
+@pytest.mark.parametrize(
     ("text", "what"),
     [
         ("updates: 3.7", "updates must be a whole number, not 3.7"),
@@ -153,7 +182,7 @@ def test_C01_unknown_setting_names_its_place_and_the_nearest_name(yaml_file):
         ("max_kl: abc", "max_kl must be a number, not abc"),
         ("max_kl: !!python/name:os.system", "max_kl must be a number, not !!python/name:os.system"),
         ("max_kl: true", "max_kl must be a number, not true"),
-        ("bf16: 1", "bf16 must be true or false, not 1"),
+        ("load_in_4bit: 1", "load_in_4bit must be true or false, not 1"),
         ("run_name: no", "run_name must be text, or none, not no (YAML reads it as something else"),
         ("output_dir: null", "output_dir must be text, not null"),
         ("output_dir: 2026-01-01", "output_dir must be text, not 2026-01-01 (YAML reads it as"),
@@ -183,7 +212,7 @@ def test_C02_wrong_type_names_key_type_and_line(yaml_file, text, what):
         (["--updates"], "updates must be a whole number, not nothing"),
         (["--updates", "3", "4"], "updates must be a whole number, not 3 4"),
         (["--max_kl", "none"], "max_kl must be a number, not none"),
-        (["--bf16", "maybe"], "bf16 must be true or false, not maybe"),
+        (["--load_in_4bit", "maybe"], "load_in_4bit must be true or false, not maybe"),
         (["--reward_weights"], "reward_weights must be a list of numbers, or none, not nothing"),
         (["word", "--seed", "1"], "unexpected argument 'word'"),
         (["--seed", "1", "-rf"], "seed must be a whole number, not 1 -rf"),
@@ -201,7 +230,7 @@ def test_C02_wrong_type_on_the_command_line(words, what):
 def test_C02_every_mistake_is_told_at_once(yaml_file):
     file = yaml_file("max_k1: 0.1\nupdates: 3.7\ngamma: 7\nseed: 1\nseed: 2\n")
     with pytest.raises(TrpoLMError) as error:
-        read("--micro_batch_tokens", "0", "--bf16", "maybe", file=file)
+        read("--micro_batch_tokens", "0", "--load_in_4bit", "maybe", file=file)
     text = str(error.value)
     for part in (
         "6 settings are wrong",
@@ -210,7 +239,7 @@ def test_C02_every_mistake_is_told_at_once(yaml_file):
         f"it must be in (0, 1] (gamma: {file}, line 3)",
         f"seed is set twice, first in line 4 ({file}, line 5)",
         "at least 1 (micro_batch_tokens: command line)",
-        "bf16 must be true or false, not maybe (command line)",
+        "load_in_4bit must be true or false, not maybe (command line)",
     ):
         assert part in text
 

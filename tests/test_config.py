@@ -1,11 +1,14 @@
 """Settings check themselves, and say everything that is wrong at once."""
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 
-from trpo_lm.config import PPOSettings, TrainerConfig, TRPOSettings, describe
+from trpo_lm.algorithms.trpo import TRPO
+from trpo_lm.config import ELSEWHERE, PPOSettings, TrainerConfig, TRPOSettings, describe
 from trpo_lm.errors import TrpoLMError
 
 BROKEN_TRPO = {
@@ -35,6 +38,8 @@ BROKEN_TRAINER = {
     "truncate_prompts": ["right"], "critic": ["learned"], "on_bad_reward": ["ignore"],
     "reward_weights": [[], [0.0], [math.nan, 1.0], [1.0, "x"]], "reward_timeout": [0, -1.0],
     "ddp_timeout": [0, math.inf],
+    "dtype": ["half", "float64", None], "attn_implementation": ["", "someone/kernels", 2],
+    "lora_r": [0, 1.5], "lora_alpha": [0, None], "lora_target_modules": ["", "q_proj,", ["q_proj"]],
 }  # fmt: skip
 
 
@@ -57,6 +62,29 @@ def test_N07_all_broken_settings_are_listed_in_one_error():
     for name in ("max_kl", "damping", "cg_iterations", "backtrack_ratio", "gamma", "lam"):
         assert f"{name} = " in str(error.value)
     assert "accept_ratio" not in str(error.value)
+
+
+def test_two_kinds_of_quantisation_exclude_each_other():
+    with pytest.raises(TrpoLMError, match="load_in_8bit = True is not allowed") as error:
+        TrainerConfig(load_in_4bit=True, load_in_8bit=True, updates=0)
+    assert "False where load_in_4bit is True" in error.value.what and "updates" in error.value.what
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_a_name_of_another_library_is_answered_with_the_one_to_use(name):
+    for settings in (TrainerConfig, TRPOSettings, TRPO):
+        with pytest.raises(TrpoLMError, match=f"unknown setting '{name}'") as error:
+            settings(**{name: 1})
+        assert ELSEWHERE[name] in error.value.what and error.value.where == settings.__name__
+    with pytest.raises(TypeError, match="nonsense"):
+        TrainerConfig(nonsense=1)
+
+
+def test_a_name_that_a_class_has_is_its_own():
+    assert PPOSettings(beta=0.2, learning_rate=0.1, max_grad_norm=None).beta == 0.2
+    made = TrainerConfig(updates=3)
+    assert dataclasses.replace(made, updates=4) == TrainerConfig(updates=4)
+    assert copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == made
 
 
 def test_defaults_and_borderline_values_are_allowed():

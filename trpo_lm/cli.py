@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_t
 
 import yaml
 
+from trpo_lm.config import ELSEWHERE
 from trpo_lm.errors import Interrupted, TrpoLMError
 
 # ---------------------------------------------------------------- settings
@@ -69,9 +70,10 @@ def parse(
     """Turn the command line, and the file that `--config` names, into settings.
 
     The command line wins over the file, the file over the defaults. `--max_kl 0.05`,
-    `--max-kl 0.05` and `--max_kl=0.05` are the same; `--bf16` alone means true; `none` or `null` is
-    None where None is allowed; a list is `--reward_weights 1 0.5`. `--help` prints the settings and
-    exits. `--debug` is left to `main`. Two classes with a field of the same name share one flag.
+    `--max-kl 0.05` and `--max_kl=0.05` are the same; `--load_in_4bit` alone means true; `none` or
+    `null` is None where None is allowed; a list is `--reward_weights 1 0.5`. `--help` prints the
+    settings and exits. `--debug` is left to `main`. Two classes with a field of the same name share
+    one flag.
 
     Args:
         classes: Dataclasses whose fields are declared with `trpo_lm.config.option`, of type bool,
@@ -269,7 +271,10 @@ def _scalar(text: str, item: type) -> Any:
 
 
 def _unknown(name: str, settings: dict[str, _Setting]) -> str:
-    close = difflib.get_close_matches(name.replace("-", "_"), [*settings, "config", "debug"], n=1)
+    plain = name.replace("-", "_")
+    if plain in ELSEWHERE:
+        return f"unknown setting {name!r}: {ELSEWHERE[plain]}"
+    close = difflib.get_close_matches(plain, [*settings, "config", "debug"], n=1)
     return f"unknown setting {name!r}" + (f"; did you mean {close[0]}?" if close else "")
 
 

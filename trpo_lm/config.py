@@ -42,6 +42,55 @@ def _number(
     return math.isfinite(value) and value > above and least <= value <= most
 
 
+# Settings of TRL and transformers, and what does their job here.
+ELSEWHERE = {
+    "beta": "max_ref_kl is the budget of the reference KL, in nats; there is no price to set",
+    "bf16": "use dtype, on the command line --dtype bfloat16",
+    "dataset_name": "use dataset",
+    "fp16": "use dtype, on the command line --dtype float16",
+    "generation_batch_size": "use prompts_per_update and completions_per_prompt",
+    "gradient_accumulation_steps": "prompts_per_update is the size of an update, and "
+    "micro_batch_tokens that of a forward pass",
+    "init_kl_coef": "max_ref_kl is the budget of the reference KL, in nats",
+    "kl_coef": "max_ref_kl is the budget of the reference KL, in nats",
+    "learning_rate": "there is none in TRPO: max_kl is the size of an update, in nats",
+    "lora_dropout": "there is none: dropout is off in every pass",
+    "lr_scheduler_type": "there is no learning rate in TRPO: max_kl is the size of an update",
+    "max_grad_norm": "max_kl bounds each update in TRPO",
+    "max_length": "use max_completion_length",
+    "max_new_tokens": "use max_completion_length",
+    "max_prompt_length": "use truncate_prompts",
+    "max_steps": "use updates",
+    "micro_batch_size": "use micro_batch_tokens: long and short completions cost their own tokens",
+    "model_name_or_path": "use model",
+    "num_generations": "use completions_per_prompt",
+    "num_train_epochs": "use updates",
+    "per_device_eval_batch_size": "use micro_batch_tokens",
+    "per_device_train_batch_size": "prompts_per_update is the size of an update, of all processes "
+    "together, and micro_batch_tokens that of a forward pass",
+    "response_length": "use max_completion_length",
+    "reward_model_path": "use reward_model",
+    "top_k": "completions are sampled from the policy itself: there is only temperature",
+    "top_p": "completions are sampled from the policy itself: there is only temperature",
+    "torch_dtype": "use dtype",
+    "total_episodes": "use updates",
+    "use_peft": "an adapter is always trained: see lora_r",
+    "use_vllm": "vLLM is not supported yet",
+    "warmup_ratio": "there is no learning rate in TRPO: max_kl is the size of an update",
+    "warmup_steps": "there is no learning rate in TRPO: max_kl is the size of an update",
+}
+
+
+class _Settings:
+    """Base of the settings: a name of another library is answered with the one to use here."""
+
+    def __new__(cls, *args: Any, **values: Any):
+        unknown = values.keys() - {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for name in sorted(unknown & ELSEWHERE.keys()):
+            raise TrpoLMError(f"unknown setting {name!r}: {ELSEWHERE[name]}", where=cls.__name__)
+        return super().__new__(cls)
+
+
 class Limits(NamedTuple):
     """The distances that an algorithm keeps to, nats per completion; None: not limited."""
 
@@ -50,7 +99,7 @@ class Limits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TRPOSettings:
+class TRPOSettings(_Settings):
     """The two distances of a run, and how the step is computed. There is no learning rate."""
 
     max_kl: float = option(
@@ -118,7 +167,7 @@ class TRPOSettings:
 
 
 @dataclass(frozen=True)
-class PPOSettings:
+class PPOSettings(_Settings):
     """Policy gradient with Adam: PPO, and with other values REINFORCE, RLOO and GRPO."""
 
     learning_rate: float = option(1e-3, "Adam's step size; constant")
@@ -164,7 +213,7 @@ class PPOSettings:
 
 
 @dataclass(frozen=True)
-class TRLSettings:
+class TRLSettings(_Settings):
     """Settings of TRL's own trainers in a comparison; all others are TRL's defaults."""
 
     learning_rate: float = option(1e-3, "AdamW's step size; falls linearly to 0, TRL's default")
@@ -180,8 +229,64 @@ class TRLSettings:
         )
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LORA = ("lora_r", "lora_alpha", "lora_target_modules")  # settings of the adapter that is added
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(_Settings):
+    """How the base model is loaded, and the adapter that is added to it."""
+
+    dtype: str = option(
+        "auto",
+        "precision of the frozen base: 'auto' (bfloat16 on a GPU that has it, else float32), "
+        "'float32', 'bfloat16' or 'float16'; adapter, KL and solves are in float32",
+    )
+    attn_implementation: str | None = option(
+        None, "attention kernels: 'sdpa', 'eager', 'flash_attention_2', ...; default: the model's"
+    )
+    load_in_4bit: bool = option(
+        False, "quantise the frozen base to 4 bits (nf4); needs trpo_lm[quantized]"
+    )
+    load_in_8bit: bool = option(
+        False, "quantise the frozen base to 8 bits; needs trpo_lm[quantized]"
+    )
+    lora_r: int = option(8, "rank of the LoRA adapter; it has no dropout")
+    lora_alpha: int = option(16, "scale of the LoRA adapter, in units of 1 / lora_r")
+    lora_target_modules: str = option(
+        "all-linear", "layers that get LoRA: names with commas, or 'all-linear' (not the output's)"
+    )
+
+    def __post_init__(self):
+        _check(self, _model_rules(self))
+
+
+def _model_rules(settings: ModelSettings) -> dict[str, tuple[bool, str]]:
+    kernels, targets = settings.attn_implementation, settings.lora_target_modules
+    return {
+        "dtype": (
+            settings.dtype in DTYPES,
+            "'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
+        "attn_implementation": (
+            kernels is None or (isinstance(kernels, str) and kernels != "" and "/" not in kernels),
+            "the name of installed kernels, or None: code is never loaded from a hub",
+        ),
+        "load_in_8bit": (
+            not (settings.load_in_4bit and settings.load_in_8bit),
+            "False where load_in_4bit is True",
+        ),
+        "lora_r": (_whole(settings.lora_r, 1), "a whole number of at least 1"),
+        "lora_alpha": (_whole(settings.lora_alpha, 1), "a whole number of at least 1"),
+        "lora_target_modules": (
+            isinstance(targets, str) and all(name.strip() for name in targets.split(",")),
+            "'all-linear', or names of layers with commas between them",
+        ),
+    }
+
+
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(ModelSettings):
     """Settings of a run other than those of the update rule."""
 
     output_dir: str = option("runs/trpo", "folder that receives everything the run writes")
@@ -222,9 +327,6 @@ class TrainerConfig:
         "seconds a process waits for the others; must exceed the time of the slowest reward; "
         "default: torch's, 1800 with gloo and 600 with NCCL",
     )
-    bf16: bool = option(
-        False, "load the frozen base in bfloat16; LoRA, KL and solver stay in float32"
-    )
     gradient_checkpointing: bool = option(False, "recompute activations in backward passes")
     logging_steps: int = option(1, "updates between two log lines")
     eval_steps: int = option(
@@ -253,7 +355,8 @@ class TrainerConfig:
         weights = self.reward_weights
         _check(
             self,
-            {
+            _model_rules(self)
+            | {
                 name: (_whole(getattr(self, name), low), f"a whole number of at least {low}")
                 for name, low in least.items()
             }

@@ -310,5 +310,5 @@ def test_B20_after_a_search_without_an_accepted_step_the_radius_lies_below_the_l
     assert radius_inside(after.radius, 0.05) < 0.04 * shortest**2
     grown = after
     for _ in range(8):  # steps whose KL is as predicted
-        grown = learned(grown, made_up_update("old", 1.0), R=0.5, max_kl=0.05)
+        grown = replace(grown, radius=learn_radius(grown.radius, kl=0.03, predicted=0.04))
     assert radius_inside(grown.radius, 0.05) > radius_inside(after.radius, 0.05)

@@ -1,11 +1,13 @@
 """A finished run opened again is the run that was trained: evaluation, tokens, merged model."""
 
 import json
+import shutil
 
 import pytest
 import runs
 import tiny
 import torch
+import yaml
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from trpo_lm.lm.prompts import Prompts, load_prompts
 from trpo_lm.training.trainer import Trainer
 
 HELD_OUT = Prompts(runs.HELD_OUT, {})
+BITS = {"load_in_4bit", "load_in_8bit"}
 
 
 def classifier(folder, seed):
@@ -179,7 +182,7 @@ def test_the_prompts_it_was_evaluated_on_are_kept_with_their_columns(scene):
 
 def test_the_merged_model_says_what_the_policy_says_and_so_does_vanilla_peft(scene, tmp_path):
     folder, made = scene
-    merge(open_run(folder / "run", bf16=False), tmp_path / "merged")
+    merge(open_run(folder / "run", plain=True), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not hasattr(merged, "peft_config")
     vanilla = PeftModel.from_pretrained(
@@ -196,6 +199,67 @@ def test_the_merged_model_says_what_the_policy_says_and_so_does_vanilla_peft(sce
     assert said[0] == said[1] == said[2]
     with pytest.raises(TrpoLMError, match="not empty"):
         merge(open_run(folder / "run"), tmp_path / "merged")
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("loaded", [
+    {"dtype": "bfloat16"}, {"dtype": "float16"}, {"attn_implementation": "eager"},
+    {"load_in_4bit": True}, {"load_in_8bit": True},
+])  # fmt: skip
+def test_a_run_reopens_and_merges_as_it_was_loaded(scene, tmp_path, loaded):
+    if loaded.keys() & BITS:
+        pytest.importorskip("bitsandbytes")
+    folder, _ = scene
+    reward = str(folder / "reward")
+    made = train(folder, tmp_path / "run", reward=reward, updates=1, eval_steps=0,
+                 lora_r=2, lora_target_modules="c_attn,c_fc", **loaded)  # fmt: skip
+    run = open_run(tmp_path / "run")
+    assert {name: run.settings[name] for name in loaded} == loaded
+    assert run.policy.quantized == made.policy.quantized == bool(loaded.keys() & BITS)
+    assert run.policy.base.dtype == made.policy.base.dtype
+    assert run.policy.base.config._attn_implementation == (
+        loaded.get("attn_implementation") or "sdpa"
+    )
+    assert run.policy.parameters.checksum() == made.policy.parameters.checksum()
+    own = logits(made.policy.base)
+    assert torch.equal(logits(run.policy.base), own)
+    if "attn_implementation" not in loaded:
+        with pytest.raises(TrpoLMError, match="full precision only"):
+            merge(run, tmp_path / "merged")
+    plain = open_run(tmp_path / "run", plain=True)
+    assert plain.policy.base.dtype == torch.float32 and not plain.policy.quantized
+    merge(plain, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    exact = not {"dtype", "load_in_8bit"} & loaded.keys()  # no rounding between layers
+    gap = float((logits(merged) - own).norm() / own.norm())
+    assert gap < (1e-5 if exact else 0.03)
+
+
+def test_a_model_object_is_recorded_in_its_own_precision(scene, tmp_path):
+    folder, _ = scene
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    reward = str(folder / "reward")
+    made = train(folder, tmp_path / "run", reward=reward, model=model, updates=1, eval_steps=0)
+    run = open_run(tmp_path / "run")
+    assert run.settings["dtype"] == "bfloat16"
+    assert torch.equal(logits(run.policy.base), logits(made.policy.base))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_run_of_a_version_with_bf16_reopens(scene, tmp_path, bf16):
+    folder, made = scene
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"):
+        del settings[name]
+    file.write_text(yaml.safe_dump({**settings, "bf16": bf16}))
+    run = open_run(tmp_path / "run")
+    assert run.policy.base.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert run.policy.parameters.checksum() == made.policy.parameters.checksum()
 
 
 # ---------------------------------------------------------------- tokens

@@ -333,6 +333,12 @@ class Distorted(torch.autograd.Function):
 
 class WrongKernel(Kernel):
     @staticmethod
+    def forward(ctx, x):
+        y = Kernel.forward(ctx, x)
+        ctx.save_for_forward(y)
+        return y
+
+    @staticmethod
     def backward(ctx, grad):
         (y,) = ctx.saved_tensors
         return Distorted.apply(grad, (1 - y * y).detach())
@@ -363,7 +369,7 @@ def with_activation(function, layers=2):
 @pytest.mark.parametrize("layers", [1, 2, 12])
 def test_B22_a_kernel_that_drops_or_distorts_a_derivative_is_found(kernel, layers):
     assert with_activation(torch.tanh, layers).exact_products == ["retained", "forward"]
-    assert "retained" not in with_activation(kernel.apply, layers).exact_products
+    assert with_activation(kernel.apply, layers).exact_products == []
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "neox", "gemma2"])

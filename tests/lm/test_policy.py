@@ -9,6 +9,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 
 import trpo_lm.lm.policy
 from trpo_lm.algorithms.trpo import TRPO
+from trpo_lm.config import ModelSettings
 from trpo_lm.core.fisher import hessian_operator, twice_differentiable
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.loading import linear_module_names, load_model
@@ -177,7 +178,9 @@ def test_models_load_by_folder_and_so_do_adapters(tmp_path):
     policy.save(tmp_path / "adapter")
     again = Policy(str(tmp_path / "adapter"))
     assert again.parameters.checksum() == policy.parameters.checksum()
-    assert load_model(str(tmp_path / "base"), bf16=True).dtype == torch.bfloat16
+    assert (
+        load_model(str(tmp_path / "base"), ModelSettings(dtype="bfloat16")).dtype == torch.bfloat16
+    )
 
 
 def test_C07_a_model_that_is_not_there(monkeypatch):
@@ -295,7 +298,7 @@ def test_a_model_that_is_split_across_devices_or_offloaded_is_refused(parts):
         layer.to("meta")  # where accelerate's offloading to cpu or disk leaves weights
     with pytest.raises(TrpoLMError, match=r"weights are on .*meta") as error:
         tiny.policy(model=model)
-    assert error.value.where == "device_map" and "8-bit" in error.value.hint
+    assert error.value.where == "device_map" and "load_in_4bit" in error.value.hint
 
 
 def test_N09_reentrant_checkpointing_is_refused_with_a_hint():

@@ -241,7 +241,7 @@ def test_D04_one_ranks_exception_is_everyones(tmp_path, rank, name):
 
 def train_full(folder, rank, times):
     """The memory of a rank is full in its first Fisher products."""
-    made = trainer(folder, updates=2, save_steps=0, micro_batch_size=4)
+    made = trainer(folder, updates=2, save_steps=0)
     left = [times]
 
     def full():
@@ -265,10 +265,10 @@ def test_D04_memory_that_is_full_on_one_rank_only(tmp_path, rank):
     ):
         assert (ok, kind, code) == (False, "RunFault", 3)
         assert "the device is out of memory: tried to allocate 2 GiB" in message
-        assert f"rank {rank}" in message and "lower micro_batch_size" in message
+        assert f"rank {rank}" in message and "lower max_completion_length" in message
         assert "saved checkpoint-000000" in message
-    assert "micro_batch_size is 2 now" in (log / "rank0.log").read_text()
-    assert "micro_batch_size is 2 now" not in (log / "rank1.log").read_text()
+    assert "takes half as many tokens at once now" in (log / "rank0.log").read_text()
+    assert "takes half as many tokens" not in (log / "rank1.log").read_text()
 
 
 def train_late(folder, gone):

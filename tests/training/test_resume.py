@@ -305,29 +305,30 @@ PLACES = {
 def test_memory_that_is_full_once_halves_the_micro_batch_and_changes_no_result(
     straight, tmp_path, capsys, place
 ):
-    made = trainer(tmp_path, evals=runs.HELD_OUT, eval_steps=2, micro_batch_size=64)
+    made = trainer(tmp_path, evals=runs.HELD_OUT, eval_steps=2)
     match PLACES[place]:
         case int(passes):
             made.stage.on_enter = runs.entering(place, passes, action=full)
         case update, call:
             runs.in_step(made, update, call, full)
     made.train()
-    assert made.micro_batch.size == 32  # still a whole batch of these runs: the same sums
-    assert capsys.readouterr().out.count("out of memory: micro_batch_size is 32 now") == 1
+    assert len(made.policy.room.limits) == 1
+    assert capsys.readouterr().out.count("takes half as many tokens at once now") == 1
     assert [r["policy/checksum"] for r in runs.rows(tmp_path)] == [
         r["policy/checksum"] for r in runs.rows(straight / "trpo")
     ]
     assert runs.rows(tmp_path) == runs.rows(straight / "trpo")
 
 
-@pytest.mark.parametrize(("size", "calls"), [(64, {3, 4}), (1, {3})])
-def test_memory_that_stays_full_ends_the_run_at_the_last_update(tmp_path, size, calls):
-    made = trainer(tmp_path, micro_batch_size=size, save_steps=0)
-    made.stage.on_enter = runs.entering("update", *calls, action=full)
+@pytest.mark.parametrize("tokens", [None, 1])
+def test_memory_that_stays_full_ends_the_run_at_the_last_update(tmp_path, tokens):
+    made = trainer(tmp_path, micro_batch_tokens=tokens, save_steps=0)
+    made.stage.on_enter = runs.entering("update", *range(3, 99), action=full)
     with pytest.raises(TrpoLMError, match=r"device is out of memory: tried to") as caught:
         made.train()
     assert caught.value.exit_code == 3
-    assert "lower micro_batch_size, fisher_completions" in caught.value.hint
+    assert "takes one completion at a time" in caught.value.what
+    assert "lower max_completion_length" in caught.value.hint
     assert checkpoints(tmp_path) == ["checkpoint-000002"]
     assert runs.rows(tmp_path)[-1]["policy/checksum"] == checksum(tmp_path)
 

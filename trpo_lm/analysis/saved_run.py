@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trpo_lm.analysis.probe import probe
-from trpo_lm.config import TrainerConfig, describe
+from trpo_lm.config import LORA, ModelSettings, TrainerConfig, describe
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.critic import Critic
-from trpo_lm.lm.loading import load_tokenizer, quiet_loading
+from trpo_lm.lm.loading import dtype_name, load_model, load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompts, load_prompts
@@ -42,6 +42,9 @@ from trpo_lm.training.folder import (
     checkpoint_order,
     load_settings,
 )
+
+# What the settings of a run hold of the trainer's; its adapter has a file of its own.
+_SETTINGS = [name for name in describe(TrainerConfig()) if name not in LORA]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class FinishedRun:
 
 
 def open_run(
-    folder: str | Path, checkpoint: str = "last", *, reward: Any = None, bf16: bool | None = None
+    folder: str | Path, checkpoint: str = "last", *, reward: Any = None, plain: bool = False
 ) -> FinishedRun:
     """Load a saved policy with its reference, critic and rewards.
 
@@ -79,7 +82,8 @@ def open_run(
         folder: Of a run.
         checkpoint: 'last' (the finished run's own), 'best', or the number of a checkpoint.
         reward: As for `Trainer(reward_funcs=...)`; default: the run's own reward models.
-        bf16: Whether the base is loaded in bfloat16; default: as in the run.
+        plain: Turn the base, which is loaded as the run did, into float32 weights of the same
+            values: what an adapter can be merged into.
 
     Raises:
         TrpoLMError: If there is no such run or policy, or a model it was made from is missing.
@@ -87,14 +91,19 @@ def open_run(
     run = RunFolder(folder)
     saved = _saved_policy(run, checkpoint)
     settings = _settings(run)
-    args = TrainerConfig(**{name: settings[name] for name in describe(TrainerConfig())})
-    args = replace(args, bf16=args.bf16 if bf16 is None else bf16, gradient_checkpointing=False)
+    args = TrainerConfig(**{name: settings[name] for name in _SETTINGS})
+    args = replace(args, gradient_checkpointing=False)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = settings["model"]
+    if plain:
+        with quiet_loading():
+            model = load_model(model, args, device=device, plain=True)
+        args = replace(args, **describe(ModelSettings()))  # they cannot apply once more
     rewards = _rewards(settings, args, reward, device)
     valued = reward is None and rewards is not None and (saved / CRITIC).is_file()
     with_tokenizer = (run.path / "tokenizer_config.json").is_file()
     parts = assemble(
-        settings["model"],
+        model,
         rewards or Rewards(abstain),
         args if valued else replace(args, critic="none"),
         device=device,
@@ -210,20 +219,27 @@ def merge(run: FinishedRun, out: str | Path) -> None:
     """Write the policy as a plain transformers model with its tokenizer.
 
     W + B A in place of each adapted layer's W. The logits are those of the policy before its
-    temperature; open the run with `bf16=False`, or rounding W + B A to bfloat16 changes them.
+    temperature. W is what the run computed with: a base that was quantised is written as the
+    float32 weights that its numbers stand for.
 
     Args:
-        run: Its policy loses its adapter and cannot be used afterwards.
+        run: Opened with `plain=True`: rounding W + B A would change the logits. Its policy loses
+            its adapter and cannot be used afterwards.
         out: New or empty folder.
 
     Raises:
-        TrpoLMError: If the folder holds something.
+        TrpoLMError: If the folder holds something, or the weights are not float32.
         RunFault: If the merged model's logits differ from the policy's.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrpoLMError(f"{out} exists and is not empty", where="out", hint="name a new folder")
     policy = run.policy
+    if policy.quantized or dtype_name(policy.base) in ("bfloat16", "float16"):
+        raise TrpoLMError(
+            "an adapter can be merged into weights of full precision only", where=str(run.folder),
+            hint="open_run(folder, plain=True), as recipes/merge.py does",
+        )  # fmt: skip
     probe_text = policy.probe_inputs()
     with torch.no_grad():
         before = policy.base(**probe_text).logits.float()
@@ -270,10 +286,10 @@ def _settings(run: RunFolder) -> Settings:
     """Read the settings of a run of this version."""
     try:
         settings = load_settings(run.path)
-        if settings.keys() >= {"model", "reference", "reward_models", *describe(TrainerConfig())}:
+        if settings.keys() >= {"model", "reference", "reward_models", *_SETTINGS}:
             return settings
         reason = "they are not those of a run of this version"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
     raise TrpoLMError(f"the settings of the run cannot be used: {reason}", where=str(run.settings))
 

@@ -229,7 +229,7 @@ class Sweep:
         if isinstance(rule, TRLSettings):
             task = self._task(args)
             with quiet_loading():
-                model = load_model(self.model, bf16=args.bf16)
+                model = load_model(self.model, args, device=self.ranks.device)
             train, parts = partial(train_with_trl, task, model, rule, arm.algorithm), task.parts
         else:
             trainer = self._trainer(args, rule)
@@ -300,6 +300,8 @@ class Sweep:
         if not file.is_file():
             return False
         old = json.loads(file.read_text(encoding="utf-8"))["spec"]
+        if old.pop("bf16", False):  # of an earlier version
+            old["dtype"] = "bfloat16"
         new = json.loads(json.dumps(spec))
         # A setting that was added after the result was written had its default.
         defaults = describe(TrainerConfig()) | ({} if rule is None else describe(type(rule)()))

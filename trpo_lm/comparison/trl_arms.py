@@ -144,7 +144,7 @@ def _trainer(
             train_dataset=_prompts_in_order(task),
             processing_class=task.parts.tokenizer,
             callbacks=[observer],
-            peft_config=None if base is not model else default_lora(),
+            peft_config=None if base is not model else default_lora(task.args),
         )
     theirs.remove_callback(PrinterCallback)
     return theirs

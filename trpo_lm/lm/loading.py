@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,36 +12,219 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
+from trpo_lm.config import LORA, ModelSettings
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.seeds import global_seed
 
+# How files are read: no code in them, and what they lack is reported.
+REPORTED = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 _SAFE = {"trust_remote_code": False}  # False, unlike None, also never asks on the terminal
 
 
-def load_model(name: str, *, bf16: bool = False) -> PreTrainedModel | PeftModel:
+def load_model(
+    name: str,
+    settings: ModelSettings | None = None,
+    *,
+    device: torch.device | str | None = None,
+    plain: bool = False,
+) -> PreTrainedModel | PeftModel:
     """Load a causal LM by name or path; a folder with an adapter loads its base as well.
 
+    Args:
+        name: Hugging Face name or path.
+        settings: Precision, quantisation and attention of the base; the defaults when None.
+        device: Where the model will run: "auto" depends on it, and a quantised base is put there.
+            The CPU when None.
+        plain: Turn the base into float32 weights that have the values of the ones loaded.
+
     Raises:
-        TrpoLMError: If it is not found, or needs code of its own.
+        TrpoLMError: If it is not found, needs code of its own, has weights that are no safetensors
+            or lacks some, or if the quantisation or the attention kernels are not installed.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    settings = settings or ModelSettings()
+    place = torch.device(device or "cpu")
+    options: dict[str, Any] = {"dtype": load_dtype(settings.dtype, place)}
+    options |= _quantisation(settings, options["dtype"], place)
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
     try:
-        if (Path(name) / "adapter_config.json").is_file():
-            base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_SAFE)
-            return PeftModel.from_pretrained(model, name, is_trainable=True)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_SAFE)
-    except (OSError, ValueError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-        reason = " not found locally and HF_HUB_OFFLINE=1" if offline else " cannot be loaded"
+        if not (Path(name) / "adapter_config.json").is_file():
+            return _base(name, options, plain=plain)
+        base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+        return _adapted(_base(base, options, plain=plain), name)
+    except TrpoLMError:
+        raise
+    except Exception as error:  # whatever transformers, safetensors or a kernel may raise
+        raise _unloadable(name, settings, error) from error
+
+
+def load_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that a setting names; "auto" is bfloat16 on GPUs that have it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def require_no_loading(model: PreTrainedModel | PeftModel, settings: ModelSettings) -> None:
+    """Raise if settings ask for something that only happens while a model is loaded.
+
+    Raises:
+        TrpoLMError: Names the settings that cannot apply to a model object.
+    """
+    asked = {
+        "dtype": settings.dtype not in ("auto", dtype_name(model)),
+        "attn_implementation": settings.attn_implementation
+        not in (None, getattr(model.config, "_attn_implementation", None)),
+        "load_in_4bit": settings.load_in_4bit,
+        "load_in_8bit": settings.load_in_8bit,
+    }
+    if names := [name for name, differs in asked.items() if differs]:
         raise TrpoLMError(
-            f"model {name!r}{reason}: {str(error).splitlines()[0]}",
+            f"the model is an object, loaded already in {dtype_name(model)}: "
+            f"{', '.join(names)} cannot apply to it",
+            where=", ".join(names),
+            hint="load the object that way, or pass its name instead",
+        )
+
+
+def dtype_name(model: torch.nn.Module) -> str:
+    """Return the dtype of a model's floating-point weights: 'float32', 'bfloat16', ..."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Return whether weights of a model are quantised, by whatever library.
+
+    transformers says so of models that it loaded; others (torchao, quanto) replace weights by
+    tensors of another class, or of less than two bytes a number.
+    """
+    return bool(getattr(model, "is_quantized", False)) or any(
+        type(p.data) is not torch.Tensor or not p.is_floating_point() or p.element_size() < 2
+        for p in model.parameters()
+    )
+
+
+def _quantisation(
+    settings: ModelSettings, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that quantise with bitsandbytes."""
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return {}
+    if not is_bitsandbytes_available():
+        raise TrpoLMError(
+            "bitsandbytes is not installed, or too old",
+            where="load_in_4bit" if settings.load_in_4bit else "load_in_8bit",
+            hint="pip install 'trpo_lm[quantized]', from a clone pip install -e '.[quantized]'",
+        )
+    # It would warn at every product that the inputs of 8-bit layers are rounded to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    config = BitsAndBytesConfig(
+        load_in_4bit=settings.load_in_4bit,
+        load_in_8bit=settings.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _base(name: str, options: dict[str, Any], *, plain: bool) -> PreTrainedModel:
+    """Load a causal LM whose files hold all its weights."""
+    require_safetensors(name, "transformers.AutoModelForCausalLM")
+    options = {**REPORTED, **options, **_SAFE}
+    model, report = AutoModelForCausalLM.from_pretrained(name, **options)  # type: ignore[misc]
+    if lacking := missing_weights(report):
+        raise TrpoLMError(
+            f"the files of model {name!r} lack {lacking}",
             where="model",
-            hint="give a folder that holds config.json and model.safetensors, or a hub id",
-        ) from error
+            hint="name a complete causal LM, saved by save_pretrained of that class",
+        )
+    return _plain(model) if plain else model
+
+
+def _plain(model: Any) -> PreTrainedModel:
+    """Turn weights into float32 numbers, in layers of the classes that the model's files have."""
+    paths = [p for p, m in model.named_modules() if getattr(m, "source_cls", None) is Conv1D]
+    if is_quantized(model):
+        model = model.dequantize()
+    for path in paths:  # dequantised to Linear, whose weight is transposed
+        linear = model.get_submodule(path)
+        layer = Conv1D(linear.out_features, linear.in_features)
+        layer.weight = torch.nn.Parameter(linear.weight.data.T.contiguous())
+        layer.bias = linear.bias
+        model.set_submodule(path, layer)
+    return model.float()
+
+
+def _adapted(base: PreTrainedModel, folder: str) -> PeftModel:
+    """Put an adapter whose file holds all its weights on its base."""
+    require_safetensors(folder, "peft.AutoPeftModelForCausalLM")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+def missing_weights(report: dict[str, Any]) -> str:
+    """Return the weights that files lack, or hold in another shape, as words; "" if none.
+
+    Args:
+        report: From `from_pretrained` with the options `REPORTED`. Tied weights are not missing.
+    """
+    names = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more weights" if names[4:] else "")
+
+
+def require_safetensors(folder: str, loader: str) -> None:
+    """Raise if a folder has weights, but none in the format that is safe to read.
+
+    Args:
+        folder: Of a model or an adapter; a hub id has none and passes.
+        loader: Package and class that can convert the weights, for the error.
+
+    Raises:
+        TrpoLMError: With the command that converts them.
+    """
+    weights = sorted(Path(folder).glob("*.bin"))
+    if weights and not any(Path(folder).glob("*.safetensors")):
+        package, name = loader.split(".")
+        raise TrpoLMError(
+            f"{weights[0]} can run code when it is read, and there are no safetensors beside it",
+            where="model",
+            hint=f'convert it, if you trust it: python -c "from {package} import {name} as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+        )
+
+
+def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLMError:
+    """Return the error for a model that cannot be loaded."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    kernels = settings.attn_implementation
+    if kernels is not None and ("attn" in text or "attention" in text.lower()):
+        return TrpoLMError(
+            f"the attention kernels {kernels!r} cannot be used with model {name!r}: {text}",
+            where="attn_implementation",
+            hint="install them, or choose 'sdpa' or 'eager'; without a choice the model's default "
+            "is used",
+        )
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).is_dir()
+    reason = " not found locally and HF_HUB_OFFLINE=1" if offline else " cannot be loaded"
+    return TrpoLMError(
+        f"model {name!r}{reason}: {text}",
+        where="model",
+        hint="give a folder that holds config.json and model.safetensors, or a hub id",
+    )
 
 
 def load_tokenizer(name: str) -> Any:
@@ -82,29 +266,52 @@ def require_single_device(model: torch.nn.Module) -> None:
         raise TrpoLMError(
             f"the model's weights are on {', '.join(sorted(devices))}",
             where="device_map",
-            hint="load it on one device; 8-bit weights (torchao, quanto) take a quarter of "
-            "float32's memory, and adapters on them train as usual",
+            hint="load it on one device; --load_in_4bit takes an eighth of float32's memory, and "
+            "adapters on it train as usual",
         )
 
 
-def default_lora() -> LoraConfig:
-    """Return LoRA of rank 8 on every linear layer but the output layer; no dropout."""
-    return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+def default_lora(settings: ModelSettings | None = None) -> LoraConfig:
+    """Return the LoRA of the settings, or of their defaults; no dropout."""
+    settings = settings or ModelSettings()
+    names = [name.strip() for name in settings.lora_target_modules.split(",")]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+    )
 
 
 def with_adapter(
-    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, seed: int
+    model: PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
+    settings: ModelSettings | None = None,
+    *,
+    seed: int,
 ) -> PeftModel:
     """Freeze a model and add an adapter, or make the LoRA of a PeftModel trainable.
 
     Args:
         model: Causal LM.
-        peft_config: Adapter to add; `default_lora()` when None. None for a PeftModel.
+        peft_config: Adapter to add; `default_lora(settings)` when None. None for a PeftModel.
+        settings: Rank, scale and layers of that LoRA; left at their defaults where the adapter is
+            another one.
         seed: The adapter's initial values derive from it.
 
     Raises:
         TrpoLMError: If the adapter does not fit, or the model already has one.
     """
+    settings = settings or ModelSettings()
+    changed = [name for name in LORA if getattr(settings, name) != getattr(ModelSettings(), name)]
+    if changed and (peft_config is not None or isinstance(model, PeftModel)):
+        raise TrpoLMError(
+            f"{', '.join(changed)} cannot apply: "
+            + ("peft_config says" if peft_config is not None else "the model came with")
+            + " which adapter is trained",
+            where=", ".join(changed),
+            hint="leave it at its default",
+        )
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise TrpoLMError(
@@ -122,11 +329,11 @@ def with_adapter(
         with global_seed(seed, "adapter", device=device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            return get_peft_model(model, peft_config or default_lora())  # type: ignore
+            return get_peft_model(model, peft_config or default_lora(settings))  # type: ignore
     except ValueError as error:
         raise TrpoLMError(
             f"the adapter does not fit the model: {str(error).splitlines()[0]}",
-            where="peft_config",
+            where="peft_config" if peft_config is not None else "lora_target_modules",
             hint=f"target_modules can be 'all-linear' or any of {linear_module_names(model)}",
         ) from error
 
@@ -151,6 +358,6 @@ def trainable_tensors(model: PeftModel) -> list[torch.nn.Parameter]:
 
 def linear_module_names(model: torch.nn.Module) -> list[str]:
     """Return the names of modules that an adapter can target (Linear, and GPT-2's Conv1D)."""
-    kinds = ("Linear", "Conv1D")
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
     paths = (path for path, m in model.named_modules() if type(m).__name__ in kinds)
     return sorted({path.split(".")[-1] for path in paths})

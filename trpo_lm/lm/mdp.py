@@ -145,7 +145,8 @@ class TokenMDP:
         encoded = [encode_prompt(self.tokenizer, p) for p in prompts]
         ids, mask = self.left_pad([encoded[i] for i in order])
         length = ids.shape[1] + self.max_completion_length
-        rows = min(GENERATE_ROWS, policy.room.tokens("rollout", length) // length)
+        size = policy.room.tokens("rollout", length, len(ids) * length)
+        rows = min(GENERATE_ROWS, size // length)
         sampled = torch.cat(
             [
                 self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start))

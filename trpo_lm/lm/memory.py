@@ -81,35 +81,46 @@ class Room:
         most: Tokens set by the user; None: `MOST_TOKENS`, or fewer where memory is short.
 
     Attributes:
-        phase: The latest that asked.
+        limits: Tokens of the phases that ran out of memory.
+        phase: The latest that asked for its size.
+        asked: Tokens at once that it got, and those of its longest row.
     """
 
     budget: float
     costs: dict[str, Cost]
     most: int | None = None
+    limits: dict[str, int] = field(default_factory=dict)
     phase: str = PHASES[0]
-    halvings: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
-    at_floor: bool = False
+    asked: tuple[int, int] = (1, 1)
 
-    def tokens(self, phase: str, length: int) -> int:
+    def tokens(self, phase: str, length: int, total: int) -> int:
         """Return how many tokens a phase may take at once, at least one row.
 
         Args:
             phase: Of `PHASES`; it is under way from now on.
             length: Of the longest row, tokens.
+            total: Of all rows.
         """
-        self.phase = phase
         fits = int(self.budget / self.costs[phase].per_token(length))
         size = min(MOST_TOKENS, fits) if self.most is None else self.most
-        size >>= self.halvings[phase]
-        self.at_floor = size < 2 * length
-        return max(size, length)
+        size = max(length, min(size, self.limits.get(phase, size)))
+        self.phase, self.asked = phase, (min(size, total), length)
+        return size
 
-    def holds(self, phase: str, tokens: int, length: int) -> bool:
+    def holds(self, phase: str, total: int, length: int) -> bool:
         """Return whether so many tokens fit at once, in rows of at most `length`."""
-        self.phase, self.at_floor = phase, False
-        budget = self.budget / (1 << self.halvings[phase])
-        return tokens * self.costs[phase].per_token(length) <= budget
+        self.phase, self.asked = phase, (total, 0)
+        if total > self.limits.get(phase, total):
+            return False
+        return total * self.costs[phase].per_token(length) <= self.budget
+
+    def halve(self) -> str | None:
+        """Halve the size of the phase that is under way; return its name, None at one row."""
+        tokens, length = self.asked
+        if tokens <= max(length, 1):
+            return None
+        self.limits[self.phase] = tokens // 2
+        return self.phase
 
     def floor(self) -> str:
         """Return what the phase under way needs at the least, as text."""
@@ -118,13 +129,6 @@ class Room:
             f"the {self.phase} phase takes one completion at a time, "
             f"{cost.linear / 2**20:.3g} MiB a token, of {left / 2**30:.1f} GiB beside the weights"
         )
-
-    def halve(self) -> str | None:
-        """Halve the size of the phase that is under way; return its name, None at one row."""
-        if self.at_floor:
-            return None
-        self.halvings[self.phase] += 1
-        return self.phase
 
 
 def device_memory(device: torch.device) -> int:

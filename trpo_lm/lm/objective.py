@@ -153,8 +153,8 @@ class BatchObjective:
             completions: Over all ranks; None: `FISHER_SHARE` of the batch.
         """
         policy, r, theta = self.policy, self.batch.rollout, self.theta
-        wanted = self.N * FISHER_SHARE if completions is None else completions
-        share = math.ceil(max(wanted, FEWEST) * len(r) / self.N)
+        wanted = max(FEWEST, self.N * FISHER_SHARE) if completions is None else completions
+        share = math.ceil(wanted * len(r) / self.N)
         rows = torch.linspace(0, len(r) - 1, min(len(r), share)).round().long().unique()
         kind, rows = self._product(rows, fixed=completions is not None)
         count = float(self.reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))

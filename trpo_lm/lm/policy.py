@@ -39,6 +39,7 @@ from transformers.activations import ACT2CLS
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trpo_lm.config import ModelSettings
 from trpo_lm.core.divergences import log_softmax
 from trpo_lm.core.fisher import (
     adjoint_error,
@@ -48,7 +49,14 @@ from trpo_lm.core.fisher import (
 )
 from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.lm.loading import load_model, require_single_device, trainable_tensors, with_adapter
+from trpo_lm.lm.loading import (
+    is_quantized,
+    load_model,
+    require_no_loading,
+    require_single_device,
+    trainable_tensors,
+    with_adapter,
+)
 from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fitted, saved_bytes
 from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
 from trpo_lm.seeds import generator
@@ -57,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
 CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
+PRODUCTS = ("retained", "forward")  # exact ones, the faster first
 PROBE_MOVE = 1e-2  # of each parameter, away from B = 0, while derivatives are compared
 PROBE_ERROR = {8: 1e-3, 4: 1e-3, 2: 0.03}  # relative, by bytes of a number; rounding: 1e-5, 0.01
 PROBE_LENGTH = 48  # tokens of the rows on which memory is measured, and a third of it
@@ -71,9 +80,10 @@ class Policy:
     Args:
         model: Hugging Face name or path, a causal LM, or a PeftModel (its adapter is trained on,
             and a frozen copy of it is the reference).
-        peft_config: Adapter to add; `loading.default_lora()` when None.
+        peft_config: Adapter to add; the LoRA of `settings` when None.
+        settings: How to load a model that is given by name, and which LoRA to add; the defaults
+            when None.
         temperature: Divides logits wherever the policy is evaluated or sampled, > 0.
-        bf16: Load the frozen base in bfloat16; adapters stay in float32.
         gradient_checkpointing: Recompute activations in backward passes (non-reentrant).
         seed: The adapters' initial values derive from it.
         device: Where to put the model; None leaves it where it is.
@@ -81,6 +91,7 @@ class Policy:
 
     Attributes:
         model: The PeftModel; `base` is the causal LM inside it.
+        quantized: Whether weights of the base are quantised, by whatever library.
         parameters: theta, M numbers.
         head: The frozen output layer; None where the features are logits.
         shares_prefixes: Whether what rows begin with is computed once.
@@ -90,8 +101,8 @@ class Policy:
         cache_argument: Under which name the model takes a key-value cache.
 
     Raises:
-        TrpoLMError: If the model cannot be loaded, is split across devices, or has no trainable
-            parameters.
+        TrpoLMError: If the model cannot be loaded, is split across devices, has no trainable
+            parameters, or is an object that the settings cannot apply to.
         RunFault: If its logits are not finite.
     """
 
@@ -99,22 +110,26 @@ class Policy:
         self,
         model: str | PreTrainedModel | PeftModel,
         peft_config: PeftConfig | None = None,
+        settings: ModelSettings | None = None,
         *,
         temperature: float = 1.0,
-        bf16: bool = False,
         gradient_checkpointing: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
         micro_batch_tokens: int | None = None,
     ):
         self.name = model if isinstance(model, str) else model.config.name_or_path or "model"
+        settings = settings or ModelSettings()
         if isinstance(model, str):
-            model = load_model(model, bf16=bf16)
+            model = load_model(model, settings, device=device)
+        else:
+            require_no_loading(model, settings)
         require_single_device(model)
         if device is not None:
             model = model.to(device)  # type: ignore[arg-type]
         self.came_with_adapter = isinstance(model, PeftModel)
-        self.model = with_adapter(model, peft_config, seed=seed)
+        self.quantized = is_quantized(model)
+        self.model = with_adapter(model, peft_config, settings, seed=seed)
         self.base: Any = self.model.get_base_model()
         self.temperature = temperature
         self.recomputes = self._recompute = False  # activations, in the backward pass
@@ -427,6 +442,9 @@ class Policy:
         Each must agree with a plain backward pass of the model as it is, which kernels that drop or
         distort a derivative do not.
         """
+        if self.quantized:  # whose kernels are differentiable once, and may not say so
+            self.product_faults = dict.fromkeys(PRODUCTS, "the weights are quantised")
+            return []
         inputs = self._probe_rows(8)
         features = self.features(*inputs)
         theta, noise = self.parameters, generator(0, "probe")
@@ -443,10 +461,11 @@ class Policy:
         theta.assign(start, random(theta.vector()), PROBE_MOVE)  # at B = 0 half would not be tested
         try:
             c = theta.gradient(self.features(*inputs), cotangent=u)
-            for name, jvp in (("retained", retained), ("forward", lambda v: self.jvp(v, *inputs))):
+            ways = (retained, lambda v: self.jvp(v, *inputs))
+            for name, jvp in zip(PRODUCTS, ways, strict=True):
                 try:
                     error = adjoint_error(u, c, jvp)
-                except (RuntimeError, NotImplementedError) as missing:
+                except Exception as missing:  # a kernel may raise anything
                     self.product_faults[name] = str(missing).splitlines()[0]
                     continue
                 if error < PROBE_ERROR[features.dtype.itemsize]:

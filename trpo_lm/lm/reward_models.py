@@ -64,15 +64,17 @@ class RewardModel:
     ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from trpo_lm.lm.loading import REPORTED, missing_weights, require_safetensors
+
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         self.__name__ = name.rstrip("/").split("/")[-1] or type(model).__name__
         if isinstance(model, str):
-            options = {"output_loading_info": True, "use_safetensors": True}
-            model, info = _load(AutoModelForSequenceClassification, name, **options)
-            if info["missing_keys"] and not allow_untrained_head:
+            require_safetensors(name, "transformers.AutoModelForSequenceClassification")
+            model, report = _load(AutoModelForSequenceClassification, name, **REPORTED)
+            lacking = missing_weights(report)
+            if lacking and not allow_untrained_head:
                 raise TrpoLMError(
-                    f"reward model {name!r} has no trained head: its files lack "
-                    f"{', '.join(sorted(info['missing_keys']))}",
+                    f"reward model {name!r} has no trained head: its files lack {lacking}",
                     hint="name a model trained for sequence classification, or pass "
                     "allow_untrained_head=True (--allow_untrained_reward_head)",
                 )

@@ -230,8 +230,8 @@ def micro_batches(
     Returns:
         Pairs of row indices and the indices of their tokens in the flat order.
     """
-    longest = int(rollout.attention_mask.sum(-1).max())
-    size = policy.room.tokens(phase, longest)
+    lengths = rollout.attention_mask.sum(-1)
+    size = policy.room.tokens(phase, int(lengths.max()), int(lengths.sum()))
     shared = policy.shares_prefixes and not (phase == "gradient" and policy.recomputes)
     for part in rollout.micro_batches(size, rows, shared=shared):
         yield part, rollout.token_index(part)

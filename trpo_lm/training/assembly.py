@@ -13,10 +13,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from trpo_lm.config import TrainerConfig, describe
+from trpo_lm.config import DTYPES, LORA, TrainerConfig, describe
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.critic import Critic, make_critic
-from trpo_lm.lm.loading import load_tokenizer, quiet_loading
+from trpo_lm.lm.loading import dtype_name, load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompts, check_prompts, load_prompts
@@ -61,7 +61,7 @@ def assemble(
         rewards: From `make_rewards`.
         args: Settings of the run.
         device: Where to put the model.
-        peft_config: Adapter to train; LoRA on all linear layers when None.
+        peft_config: Adapter to train; the LoRA of `args` when None.
         tokenizer: The model's own when None.
 
     Raises:
@@ -71,8 +71,8 @@ def assemble(
         policy = Policy(
             model,
             peft_config,
+            args,
             temperature=args.temperature,
-            bf16=args.bf16,
             gradient_checkpointing=args.gradient_checkpointing,
             seed=args.seed,
             device=device,
@@ -209,8 +209,19 @@ def run_settings(
         "world_size": processes,
         "reference": "adapter" if policy.came_with_adapter else "base model",
         "reward_models": [_source(function) for function in rewards.functions],
-        **describe(args),
+        **{name: value for name, value in describe(args).items() if name not in LORA},
+        **_precision(policy),
         **describe(algorithm),
+    }
+
+
+def _precision(policy: Policy) -> Settings:
+    """Return how the base is loaded, whether by settings or as an object: what reopening needs."""
+    dtype = dtype_name(policy.base)
+    return {
+        "dtype": dtype if dtype in DTYPES else "auto",
+        "load_in_4bit": bool(getattr(policy.base, "is_loaded_in_4bit", False)),
+        "load_in_8bit": bool(getattr(policy.base, "is_loaded_in_8bit", False)),
     }
 
 

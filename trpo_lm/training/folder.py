@@ -166,8 +166,13 @@ def save_settings(folder: Path, settings: Settings) -> None:
 
 
 def load_settings(folder: Path) -> Settings:
-    """Read what `save_settings` wrote."""
-    return yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    """Read what `save_settings` wrote; `bf16` of an earlier version becomes `dtype`."""
+    settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    bf16 = settings.pop("bf16", None)
+    if bf16 is not None:
+        settings["dtype"] = "bfloat16" if bf16 else "float32"
+        settings |= {"attn_implementation": None, "load_in_4bit": False, "load_in_8bit": False}
+    return settings
 
 
 def check_run_name(name: str, *, root: str | Path | None = None) -> str:

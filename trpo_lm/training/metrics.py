@@ -217,11 +217,11 @@ BOUND_BY_BUDGET = ("ref", "both", "recover")
 
 # Likely causes of a stall, by how conjugate gradient or the line search ended.
 CAUSES = {
-    "nonfinite": "a Fisher product was not finite: a weight is nan or infinite, or bf16 overflows",
+    "nonfinite": "a Fisher product was not finite: a weight is nan or infinite, or dtype overflows",
     "indefinite": "the Fisher is not positive definite to rounding: raise damping or "
-    "fisher_completions, or turn bf16 off",
+    "fisher_completions, or set dtype to float32",
     "zero": "the gradient is zero: no completion of a batch is better than another",
-    "non-finite": "the model's logits overflow: lower max_kl, or turn bf16 off",
+    "non-finite": "the model's logits overflow: lower max_kl, or set dtype to float32",
     "kl above": "the quadratic model of the KL does not hold for the step: raise damping or "
     "fisher_completions, or lower max_kl",
     "reference kl": "the policy is at its budget: raise max_ref_kl, or end the run",
