@@ -24,7 +24,9 @@ import torch
 from trpo_lm import TrainerConfig, TRPOTrainer
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
+from trpo_lm.core.fisher import ScoreFisher
 from trpo_lm.core.natural_step import farthest_step, solve
+from trpo_lm.lm.rewards import load_reward
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
 EXACT = 40  # CG iterations
@@ -37,10 +39,16 @@ class Arguments:
 
     model: str = option(str(DATA / "lm"), "causal LM")
     reward_model: str = option(str(DATA / "reward_model"), "sequence classifier")
+    reward_function: str | None = option(
+        None, "module:callable to import as the reward instead of the reward model"
+    )
     dataset: str = option(str(DATA / "prompts_train.jsonl"), "prompts")
     max_ref_kl: float = option(1.5, "budget of the run, nats")
     seed: int = option(0, "of the run")
-    prompts_per_update: int = option(256, "completions in a batch")
+    prompts_per_update: int = option(256, "prompts of a batch")
+    completions_per_prompt: int = option(1, "completions of each")
+    max_completion_length: int = option(24, "tokens of a completion")
+    max_kl: float = option(0.1, "trust region of the run, nats")
     batches: int = option(6, "batches; each makes steps, and judges those of the others")
     updates: list[int] = field(
         default_factory=lambda: [5, 14], metadata={"help": "updates after which steps are judged"}
@@ -59,10 +67,12 @@ def run() -> None:
     (a,) = parse((Arguments,), description=__doc__)
     args = TrainerConfig(
         output_dir=mkdtemp(), seed=a.seed, prompts_per_update=a.prompts_per_update,
-        max_completion_length=24, updates=max(a.updates),
+        completions_per_prompt=a.completions_per_prompt,
+        max_completion_length=a.max_completion_length, updates=max(a.updates),
     )  # fmt: skip
-    settings = {"max_ref_kl": a.max_ref_kl}
-    trainer = TRPOTrainer(a.model, a.reward_model, a.dataset, args, settings=settings)
+    settings = {"max_ref_kl": a.max_ref_kl, "max_kl": a.max_kl}
+    reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
+    trainer = TRPOTrainer(a.model, reward, a.dataset, args, settings=settings)
     tables = {}
     for stop in sorted(a.updates):
         while trainer.updates_done < stop:
@@ -81,7 +91,7 @@ def run() -> None:
 
 def judge(trainer, a: Arguments) -> dict[str, list[float]]:
     """Return the net gain of each way to solve, from each of several batches."""
-    rule, N = trainer.algorithm, float(a.prompts_per_update)
+    rule, N = trainer.algorithm, float(a.prompts_per_update * a.completions_per_prompt)
     objectives = collect(trainer, a.batches)
     sums = [objective.gradients(reference=True) for objective in objectives]
     g, b = (torch.stack([s[i].sum(0) / N for s in sums]) for i in (0, 1))
@@ -90,6 +100,7 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
         for m in a.fisher_completions
         for c in a.cg_iterations
     }
+    ways["scores, 8 iterations"] = (0, 8)
     gains: dict[str, list[float]] = {name: [] for name in ways}
     for i, objective in enumerate(objectives):
         others = [j for j in range(len(objectives)) if j != i]
@@ -103,7 +114,8 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
             w = solve(truth, b_true.float(), limits, replace(rule, cg_iterations=EXACT)).x.double()
             worth = float(g_true @ w / (b_true @ w))
         for name, (completions, iterations) in ways.items():
-            F, settings = objective.fisher(completions), replace(rule, cg_iterations=iterations)
+            settings = replace(rule, cg_iterations=iterations)
+            F = objective.fisher(completions) if completions else scores(objective, N)
             v, w = (solve(F, rhs[i], limits, settings) for rhs in (g, b))
             x = farthest_step(F, v, w, g[i], b[i], limits)[0].double()
             kl = float(x @ truth(x.float()).double()) / 2
@@ -111,6 +123,11 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
             dear = float(b_true @ x) + rule.max_kl  # b.x + 1/2 x.Fx
             gains[name].append(float(g_true @ x) - worth * dear)
     return gains
+
+
+def scores(objective, N: float) -> ScoreFisher:
+    """Return products of sampled scores, as the trainer makes them where no exact ones work."""
+    return ScoreFisher(objective.scores(), count=N)
 
 
 def collect(trainer, count: int) -> list:

@@ -93,7 +93,8 @@ class Rollout:
                 self.input_ids[:, :-width], self.attention_mask[:, :-width], strict=True
             )
         }
-        return common_length(prompts)
+        alike = common_length(prompts)  # of several prompts, each keeps a token of its own
+        return alike if len(prompts) == 1 else min(alike, min(map(len, prompts)) - 1)
 
     def micro_batches(
         self, tokens: int, rows: Tensor | None = None, *, shared: bool = False
