@@ -5,8 +5,8 @@
     python recipes/benchmarks/real_model.py --model LM --dataset sums_train.jsonl --lengths 24 \\
         --prompts 8 --each 8 --loop
 
-Completions are sampled from a policy away from its reference, with the budget where it stands, so
-that both distances are active; advantages are random. Every round times one TRPO update and one of
+TRPO first takes a step away from the reference; the budget is then where R stands, so that both
+distances are active. Every round times one TRPO update and one of
 PPO (4 epochs x 4 minibatches) on the same batch; ratios are of the same round. Seconds are CPU
 seconds of one thread. Peaks are the growth of resident memory beyond model and batch, in a process
 of its own for each work. `--loop` times whole steps instead, sampling included, beside those of
@@ -27,17 +27,16 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from update_cost import Meter, alone, alternate, high_water, quartiles
+from step_quality import collect
+from update_cost import Meter, alternate, high_water, quartiles
 
 from trpo_lm.algorithms.ppo import PPO
-from trpo_lm.algorithms.trpo import TRPO
+from trpo_lm.algorithms.trpo import TRPO, TRPOState
 from trpo_lm.config import TrainerConfig, TRLSettings
 from trpo_lm.lm.objective import BatchObjective
-from trpo_lm.lm.rollout import Batch
-from trpo_lm.seeds import generator
 from trpo_lm.training.trainer import Trainer
 
-AWAY = 0.004  # of each parameter: the policy's distance from its reference
+WARM, WARM_KL = 1, 0.5  # updates before, and nats of each: away from the reference
 WORKS = ("trpo", "ppo")
 
 
@@ -56,37 +55,32 @@ def trainer(a, length: int, algorithm, updates: int = 1) -> Trainer:
     return Trainer(a.model, vowels, a.dataset, args, algorithm=algorithm)
 
 
-def sampled(a, length: int) -> BatchObjective:
-    """Return the objective of a sampled batch, both distances active."""
-    made = trainer(a, length, TRPO())
-    noise = generator(0, "away")
-    with torch.no_grad():
-        for p in made.policy.parameters.tensors:
-            p += AWAY * torch.randn(p.shape, generator=noise)
-    rollout = made._rollout(1)
-    batch = Batch.from_rollout(made.policy, rollout)
-    A = rollout.padded(torch.randn(len(batch.actions), generator=noise))
-    return BatchObjective(made.policy, batch, A, alone)
+def sampled(a, length: int) -> tuple[BatchObjective, TRPOState]:
+    """Return the objective of a batch after some updates, and what these have taught TRPO."""
+    made = trainer(a, length, TRPO(max_kl=WARM_KL, max_ref_kl=None), WARM + 1)
+    for _ in range(WARM):
+        made.train_step()
+    return collect(made, 1)[0], made.algorithm_state
 
 
-def works(objective: BatchObjective) -> dict:
-    """Return one update of each algorithm, undone after."""
+def works(objective: BatchObjective, state: TRPOState) -> dict:
+    """Return one update of each algorithm, undone after; TRPO's budget is what R is now."""
     theta = objective.theta
     start = theta.snapshot()
-    rules = {"trpo": TRPO(max_ref_kl=objective.reference_kl()[0]), "ppo": PPO(learning_rate=1e-5)}
+    trpo, ppo = TRPO(max_ref_kl=objective.reference_kl()[0]), PPO(learning_rate=1e-5)
 
-    def run(rule):
-        _, row = rule.update(objective, rule.init_state(theta))
+    def run(rule, state):
+        _, row = rule.update(objective, state)
         theta.restore(start)
         return row
 
-    return {name: lambda rule=rule: run(rule) for name, rule in rules.items()}
+    return {"trpo": lambda: run(trpo, state), "ppo": lambda: run(ppo, ppo.init_state(theta))}
 
 
 def report(a, length: int) -> dict:
     """Measure updates on completions of one length."""
-    objective = sampled(a, length)
-    both, meter = works(objective), Meter()
+    objective, state = sampled(a, length)
+    both, meter = works(objective, state), Meter()
     with meter.watching():
         row = both["trpo"]()
     seconds = alternate(both, a.repeats, warm=False)
@@ -118,8 +112,8 @@ def peak(a, length: int, name: str) -> float:
 
 def peak_here(a, length: int, name: str) -> float:
     """Do a work once and return how far resident memory rose, MiB."""
-    objective = sampled(a, length)
-    work = works(objective)[name]
+    objective, state = sampled(a, length)
+    work = works(objective, state)[name]
     gc.collect()
     return high_water(work)
 

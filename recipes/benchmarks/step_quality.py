@@ -24,6 +24,7 @@ import torch
 from trpo_lm import TrainerConfig, TRPOTrainer
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
+from trpo_lm.core.adaptation import budget_on_batch
 from trpo_lm.core.fisher import ScoreFisher
 from trpo_lm.core.natural_step import farthest_step, solve
 from trpo_lm.lm.rewards import load_reward
@@ -105,7 +106,9 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
     for i, objective in enumerate(objectives):
         others = [j for j in range(len(objectives)) if j != i]
         R, error = objective.reference_kl()
-        _, limits = rule.step_limits(trainer.algorithm_state, sums[i][0], R, error, N)
+        state = trainer.algorithm_state
+        _, budget = budget_on_batch(state.reference, k=R, error=error, budget=a.max_ref_kl)
+        _, limits = rule.step_limits(state, sums[i][0], R, budget, N)
         limits = replace(limits, radius=rule.max_kl)
         truth = objectives[others[0]].fisher(int(N))
         g_true, b_true = (x[others].double().mean(0) for x in (g, b))

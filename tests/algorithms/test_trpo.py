@@ -17,6 +17,7 @@ from trpo_lm.core.adaptation import (
     RadiusRatio,
     ReferenceFilter,
     budget_on_batch,
+    in_reach,
     learn_radius,
     radius_inside,
 )
@@ -161,7 +162,8 @@ def test_N03_the_first_step_from_a_fresh_adapter_is_finite_and_uses_the_radius()
         assert torch.equal(p, q) == ("lora_A" in name), name
 
 
-def test_R13_scale_and_shift_of_rewards_leave_the_step_alone():
+def test_R13_scale_and_shift_of_rewards_leave_the_step_alone(monkeypatch):
+    monkeypatch.setattr(trpo_lm.algorithms.trpo, "in_reach", lambda *_: True)
     found = []
     for scale, shift in ((1.0, 0.0), (1e12, 0.0), (1.0, 1e9), (1e-6, 0.0)):
         policy = tiny.policy("llama", spread=0.3)
@@ -174,7 +176,7 @@ def test_R13_scale_and_shift_of_rewards_leave_the_step_alone():
         rewards = torch.zeros(n, T, dtype=torch.float64)
         rewards[torch.arange(n), last] = scale * score + shift
         values = (scale * value + shift) * batch.rollout.action_mask
-        algorithm = TRPO(max_kl=0.01, lam=0.5)
+        algorithm = TRPO(max_kl=0.01, lam=0.5, fisher_completions=32)
         A = algorithm.advantages(batch.rollout, rewards, values, tiny.identity)
         before = policy.parameters.flatten(policy.parameters.snapshot())
         row = algorithm.update(
@@ -215,6 +217,25 @@ def test_the_step_inside_the_plane_of_both_gradients_with_truncated_solves():
             assert step.kl == pytest.approx(1e-4, rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_far_below_the_budget_the_step_is_the_same_without_grad_R(monkeypatch, kind):
+    """And it is found with one solve and one backward pass fewer."""
+    steps, rows = [], []
+    for asked in (in_reach, lambda *_: True):
+        monkeypatch.setattr(trpo_lm.algorithms.trpo, "in_reach", asked)
+        policy = tiny.policy(kind, dtype=torch.float64, spread=0.01)
+        batch = tiny.batch(policy, each=8)
+        start = policy.parameters.vector()
+        rule = TRPO(max_kl=0.01, max_ref_kl=50.0, fisher_completions=WIDE, **EXACT)
+        state = rule.init_state(policy.parameters)
+        rows.append(rule.update(tiny.objective(policy, batch), state)[1])
+        steps.append(policy.parameters.vector() - start)
+    assert [row["trust_region/case"] for row in rows] == ["old", "old"]
+    assert rows[0]["cg/ref_status"] is None and rows[1]["cg/ref_status"] is not None
+    assert rows[0]["cg/iterations"] < rows[1]["cg/iterations"]
+    assert relative(steps[0], steps[1]) < 1e-3
+
+
 def test_hessian_products_and_fisher_products_take_the_same_step(monkeypatch):
     """`trust_region_step` on the language model's own quantities agrees with `TRPO.update`."""
 
@@ -222,6 +243,7 @@ def test_hessian_products_and_fisher_products_take_the_same_step(monkeypatch):
         return square, torch.ones_like(g)
 
     monkeypatch.setattr(trpo_lm.algorithms.trpo, "running_rms", no_metric)
+    monkeypatch.setattr(trpo_lm.algorithms.trpo, "in_reach", lambda *_: True)
     settings = {"max_kl": 1e-3, "max_ref_kl": 5.0, **EXACT, "cg_iterations": 8, "damping": 0.1}
     one = tiny.policy(dtype=torch.float64, spread=0.4)
     batch = tiny.batch(one, length=3)

@@ -16,6 +16,7 @@ from trpo_lm.core.adaptation import (
     ReferenceFilter,
     RunningNoise,
     budget_on_batch,
+    in_reach,
     learn_radius,
     noise,
     radius_inside,
@@ -140,3 +141,12 @@ def test_the_signal_of_halves_that_share_nothing_is_none():
     assert seen.variance == pytest.approx((9 + 16) * 2 / 4)
     against = noise(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), N=2.0)
     assert against.signal == -1.0 and against.cosine == -1.0 and against.scale == math.inf
+
+
+@pytest.mark.parametrize("k", [0.0, 0.3, 1.0, 2.4])
+@pytest.mark.parametrize("max_kl", [0.01, 0.1, 1.0])
+def test_the_budget_is_out_of_reach_only_if_no_step_can_leave_its_ball(k, max_kl):
+    """Quadratic R = 1/2 |y|^2, the reference at 0: straight out is the farthest a step leads."""
+    farthest = 0.5 * (math.sqrt(2 * k) + math.sqrt(2 * max_kl)) ** 2
+    assert in_reach(k, max_kl, farthest * 0.999) and in_reach(k, max_kl, farthest)
+    assert not in_reach(k, max_kl, 2 * farthest) and not in_reach(k, max_kl, math.inf)

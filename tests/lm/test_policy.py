@@ -148,12 +148,19 @@ def test_an_adapter_that_came_with_the_model_is_the_reference(tmp_path):
         Policy(came, tiny.lora())
 
 
-def test_the_reference_gives_the_policy_back_bit_for_bit_also_after_an_exception():
-    policy = tiny.policy(spread=0.3)
-    before = policy.parameters.checksum()
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_reference_gives_the_policy_back_bit_for_bit_also_after_an_exception(fresh):
+    options = {} if fresh else {"peft": tiny.lora(init_lora_weights=False)}
+    policy = tiny.policy(spread=0.3, **options)
+    before, probe = policy.parameters.checksum(), policy.probe_inputs()
+    moved = policy.base(**probe).logits
     with policy.reference():
-        assert policy.parameters.checksum() != before
+        reference = policy.base(**probe).logits
+        assert (policy.parameters.checksum() == before) == fresh  # switched off, or swapped
+    assert not torch.allclose(reference, moved)
     assert policy.parameters.checksum() == before
+    assert torch.equal(policy.base(**probe).logits, moved)
+    assert all(p.requires_grad for p in policy.parameters.tensors)
     with pytest.raises(KeyError), policy.reference():
         raise KeyError
     assert policy.parameters.checksum() == before

@@ -28,6 +28,7 @@ from trpo_lm.core.adaptation import (
     ReferenceFilter,
     RunningNoise,
     budget_on_batch,
+    in_reach,
     learn_radius,
     noise,
     radius_inside,
@@ -94,19 +95,23 @@ class TRPO(TRPOSettings):
             state: From `init_state` or the update before.
         """
         N = objective.N
-        halves_g, halves_b = objective.gradients(reference=self.max_ref_kl is not None)
-        g = halves_g.sum(0) / N  # grad L
-        b = None if halves_b is None else halves_b.sum(0) / N  # grad R
-        F = objective.fisher(self.fisher_completions)  # Hessian of D
         R, error = objective.reference_kl()
-        state, limits = self.step_limits(state, halves_g, R, error, N)  # damping, budget, radius
+        reference, budget = budget_on_batch(
+            state.reference, k=R, error=error, budget=self.max_ref_kl or math.inf
+        )
+        state = replace(state, reference=reference)
+        halves_g, halves_b = objective.gradients(reference=in_reach(R, self.max_kl, budget))
+        g = halves_g.sum(0) / N  # grad L
+        b = None if halves_b is None else halves_b.sum(0) / N  # grad R, where the budget is near
+        F = objective.fisher(self.fisher_completions)  # Hessian of D
+        state, limits = self.step_limits(state, halves_g, R, budget, N)  # damping, radius
         step = constrained_update(objective.theta, g, b, F, objective.measure, limits, self)
         row = metrics(step, limits, noise(halves_g, N))
         row |= {"cg/product": F.name, "cg/completions": F.count}
         return learned(state, step, R, self.max_kl), row
 
     def step_limits(
-        self, state: TRPOState, halves_g: Tensor, R: float, error: float, N: float
+        self, state: TRPOState, halves_g: Tensor, R: float, budget: float, N: float
     ) -> tuple[TRPOState, StepLimits]:
         """Return how far a step may go and how it is damped, and the state with this batch.
 
@@ -114,18 +119,15 @@ class TRPO(TRPOSettings):
             state: From `init_state` or the update before.
             halves_g: Sums of grad L over two halves of the batch, (2, M).
             R: R(theta_old) on the batch, nats per completion.
-            error: Its standard error, nats.
+            budget: On the scale of R, nats; inf without one.
             N: Completions of the batch.
         """
         square, metric = running_rms(state.square, halves_g.sum(0) / N)
         seen, damping = state.noise, self.damping
         if damping is None:
             seen, damping = wiener_damping(seen, noise(halves_g * metric.rsqrt(), N), N)
-        reference, budget = budget_on_batch(
-            state.reference, k=R, error=error, budget=self.max_ref_kl or math.inf
-        )
         radius = radius_inside(state.radius, self.max_kl)
-        state = TRPOState(seen, reference, state.radius, square)
+        state = TRPOState(seen, state.reference, state.radius, square)
         return state, StepLimits(radius, R, budget, damping, metric)
 
 

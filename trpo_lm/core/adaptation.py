@@ -14,6 +14,7 @@ from torch import Tensor
 LEAST_DAMPING, MOST_DAMPING = 0.03, 10.0  # Fisher products are sampled too; pure gradient
 MEMORY = 0.9  # weight of earlier updates in the running means of signal and noise
 RMS_MEMORY, LEAST_METRIC = 0.95, 1e-3  # of the running square; floor, as a share of the mean
+REACH = 1.5  # R is not quadratic: its farthest value is taken this much larger
 FIRST_DRIFT = 0.05  # of the budget: a first guess at what the predictions of R will miss
 KL_MARGIN = 1.05  # the trust region aims this much inside max_kl: a second trial costs a forward
 
@@ -153,6 +154,21 @@ def budget_on_batch(
     estimate, drift = k - 0.5 * surprise, drift + 0.3 * past.fitted * surprise
     filtered = ReferenceFilter(estimate, drift, expected=estimate, fitted=past.fitted)
     return filtered, budget - max(drift, 0.0) - max(estimate - k, 0.0) - error / math.sqrt(2)
+
+
+def in_reach(k: float, max_kl: float, budget: float) -> bool:
+    """Return whether a step of `max_kl` could lead beyond the budget at all.
+
+    In the Fisher metric the reference lies at the distance sqrt(2 k), and a step is at most
+    sqrt(2 max_kl) long: by the triangle inequality R after it is at most (sqrt k + sqrt max_kl)^2.
+    Below the budget, the budget's ball holds the whole trust region, and grad R decides nothing.
+
+    Args:
+        k: R at theta_old, nats.
+        max_kl: Trust region, nats.
+        budget: Of R, nats; inf without one.
+    """
+    return REACH * (math.sqrt(max(k, 0.0)) + math.sqrt(max_kl)) ** 2 > budget
 
 
 @dataclass(frozen=True)

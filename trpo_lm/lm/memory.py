@@ -21,6 +21,7 @@ from torch import Tensor
 
 SHARE = 1 / 8  # of the memory that the weights leave, for one phase; the rest is for the others
 MOST_TOKENS = 1 << 14  # more at once are no faster
+MOST_TOKENS_CPU = 1 << 11  # nor are these on a CPU, whose caches are small
 PHASES = ("rollout", "forward", "gradient", "fisher")
 
 
@@ -78,7 +79,8 @@ class Room:
     Args:
         budget: Bytes that one phase may fill.
         costs: Of a token in each phase.
-        most: Tokens set by the user; None: `MOST_TOKENS`, or fewer where memory is short.
+        most: Tokens set by the user; None: `default`, or fewer where memory is short.
+        default: Tokens beyond which a pass is no faster.
 
     Attributes:
         limits: Tokens of the phases that ran out of memory.
@@ -89,6 +91,7 @@ class Room:
     budget: float
     costs: dict[str, Cost]
     most: int | None = None
+    default: int = MOST_TOKENS
     limits: dict[str, int] = field(default_factory=dict)
     phase: str = PHASES[0]
     asked: tuple[int, int] = (1, 1)
@@ -102,7 +105,7 @@ class Room:
             total: Of all rows.
         """
         fits = int(self.budget / self.costs[phase].per_token(length))
-        size = min(MOST_TOKENS, fits) if self.most is None else self.most
+        size = min(self.default, fits) if self.most is None else self.most
         size = max(length, min(size, self.limits.get(phase, size)))
         self.phase, self.asked = phase, (min(size, total), length)
         return size

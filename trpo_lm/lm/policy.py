@@ -57,7 +57,16 @@ from trpo_lm.lm.loading import (
     trainable_tensors,
     with_adapter,
 )
-from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fitted, saved_bytes
+from trpo_lm.lm.memory import (
+    MOST_TOKENS,
+    MOST_TOKENS_CPU,
+    SHARE,
+    Cost,
+    Room,
+    device_memory,
+    fitted,
+    saved_bytes,
+)
 from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
 from trpo_lm.seeds import generator
 
@@ -142,6 +151,7 @@ class Policy:
         arguments = signature(self._transformer.forward).parameters  # renamed by transformers
         self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
         self.head = self._linear_head()
+        self._starts_as_base = self._adapter_is_identity()
         self._activations = [
             m for m in self.base.modules() if type(m) in ELEMENTWISE and not list(m.parameters())
         ]
@@ -151,7 +161,8 @@ class Policy:
         self.exact_products = self._working_products()
         weights = sum(p.nbytes for p in self.model.parameters())
         budget = SHARE * (device_memory(self.device) - weights)
-        self.room = Room(budget, self._costs(), micro_batch_tokens)
+        fastest = MOST_TOKENS_CPU if self.device.type == "cpu" else MOST_TOKENS
+        self.room = Room(budget, self._costs(), micro_batch_tokens, fastest)
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +182,15 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Temporarily swap in the reference parameters; theta is restored bit for bit."""
+        """Temporarily be the reference; theta is restored bit for bit.
+
+        A fresh adapter is the identity: it is switched off, which saves its computation. Otherwise
+        the reference parameters are swapped in.
+        """
+        if self._starts_as_base:
+            with self.model.disable_adapter():
+                yield
+            return
         theta = self.parameters.snapshot()
         self.parameters.restore(self._reference)
         try:
@@ -418,6 +437,14 @@ class Policy:
             )
 
         return run
+
+    @torch.no_grad()
+    def _adapter_is_identity(self) -> bool:
+        """Return whether the adapter changes no bit of the outputs, tested on a probe."""
+        probe = {**self.probe_inputs(), "use_cache": False}
+        with_adapter = self._transformer(**probe).last_hidden_state
+        with self.model.disable_adapter():
+            return torch.equal(with_adapter, self._transformer(**probe).last_hidden_state)
 
     @torch.no_grad()
     def _prefixes_can_be_shared(self) -> bool:
