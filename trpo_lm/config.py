@@ -194,6 +194,9 @@ class TrainerConfig:
     truncate_prompts: str = option(
         "error", "prompts too long for the model: 'error', or 'left' to drop their beginning"
     )
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None, "arguments of the chat template, as JSON or YAML, e.g. '{\"enable_thinking\": false}'"
+    )
     micro_batch_size: int | None = option(
         None,
         "completions per forward pass; changes memory, not results; default: 64, or the power of "
@@ -262,6 +265,14 @@ class TrainerConfig:
                 "truncate_prompts": (
                     self.truncate_prompts in ("error", "left"),
                     "'error' or 'left'",
+                ),
+                "chat_template_kwargs": (
+                    self.chat_template_kwargs is None
+                    or (
+                        isinstance(self.chat_template_kwargs, dict)
+                        and all(isinstance(name, str) for name in self.chat_template_kwargs)
+                    ),
+                    "a mapping from names to values",
                 ),
                 "critic": (
                     self.critic in ("auto", "prefix", "value_head", "none"),

@@ -2,11 +2,14 @@
 
 import asyncio
 import functools
+import json
 import math
 import multiprocessing
 import os
 import time
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -463,3 +466,94 @@ def test_S08_module_and_callable_name_a_function_to_import(tmp_path, monkeypatch
     }.items():  # fmt: skip
         with pytest.raises(TrpoLMError, match=message):
             load_reward(wrong)
+
+
+# ---- arguments and results
+
+
+def test_B12_a_function_that_changes_its_arguments_changes_nothing_else():
+    talk = [{"role": "user", "content": "hi"}]
+    prompts, ids = [talk, talk], [[7], [8, 9]]
+    columns = {
+        "tests": [["a"], ["b"]],
+        "facts": [{"x": [1]}, {"x": [2]}],
+        "array": [np.ones(2)] * 2,
+    }
+    before = json.dumps([prompts, ids, columns], default=np.ndarray.tolist)
+
+    def vandal(prompts, completions, completion_ids, tests, facts, array):
+        assert prompts == [talk, talk] and prompts[0] is not prompts[1]
+        for p, c, i, t, f, a in zip(
+            prompts, completions, completion_ids, tests, facts, array, strict=True
+        ):
+            p.pop(), c.clear(), i.append(3), t.append("z"), f["x"].clear(), a.fill(0)
+        prompts.clear()
+        return [0.0, 0.0]
+
+    def reads(completions, tests):
+        assert tests == [["a"], ["b"]]
+        return [float(len(c[0]["content"])) for c in completions]
+
+    batch = score([vandal, reads], columns, prompts, [" w7", " w8 w9"], ids)
+    assert batch.columns["reads"] == [3.0, 6.0]
+    assert json.dumps([prompts, ids, columns], default=np.ndarray.tolist) == before
+
+
+NUMBERS = [Decimal("0.5"), Fraction(1, 2), np.float16(0.5), torch.tensor(0.5), np.array(0.5), 0.5]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: type(n).__name__)
+def test_B63_numbers_of_every_kind_are_rewards(number):
+    assert score(constant(number)).score.tolist() == [0.5] * 4
+    batch = score(lambda completion_ids: [[number] * len(ids) for ids in completion_ids])
+    assert batch.score.tolist() == [0.5, 1.0, 1.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(4, device="meta"), "reward 'f' raised"),
+        ([1j] * 4, "which is not a number, for sample 0"),
+        ([[[1.0]]] * 4, "which is not a number, for sample 0"),
+        ([torch.zeros(2, 2)] * 4, "for sample 0"),
+    ],
+)
+def test_B63_what_is_no_number_is_refused_with_its_sample(result, message):
+    def f(completions):
+        return result
+
+    with pytest.raises(RunFault, match=message):
+        score(f)
+    sparse = torch.tensor([0.0, 1.0, 0.0, 2.0]).to_sparse()
+    assert score(lambda completions: sparse).score.tolist() == [0.0, 1.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "value", [1e308, -1e160, 10**400, Decimal("1e200"), [1e150]], ids=lambda v: type(v).__name__
+)
+def test_B56_finite_means_finite_through_sums_and_squares(value):
+    def f(completions):
+        return [0.0, value if not isinstance(value, list) else value * 2, 0.0, 0.0]
+
+    with pytest.raises(RunFault, match=r"reward 'f' returned .* for sample 1 \(prompt 'w3'\)"):
+        score(f)
+    with pytest.raises(RunFault, match=r"reward 'g' returned 1e\+60, which.* for sample 0"):
+
+        def g(completions):  # fmt: skip
+            return [1e60] * 4
+
+        score(g, reward_weights=[1e60])
+    big = score(lambda completions: [1e90, 2e90, 0.0, 0.0]).score
+    assert math.isfinite(big.sum()) and math.isfinite(big.square().sum())
+
+
+def test_B15_columns_that_reach_nothing_are_known():
+    def named(completions, answer):
+        return [0.0] * 4
+
+    def anything(completions, **kwargs):
+        return [0.0] * 4
+
+    names = ["answer", "images", "completions", "tools"]
+    assert [Rewards(named).reads(n) for n in names] == [True, False, False, False]
+    assert [Rewards([named, anything]).reads(n) for n in names] == [True, True, False, True]

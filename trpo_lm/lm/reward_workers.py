@@ -118,7 +118,12 @@ def call(calls: list[tuple[Callable, dict[str, Any]]]) -> list[Any]:
     waiting = [k for k, result in enumerate(results) if inspect.isawaitable(result)]
     for k, result in zip(waiting, _await_all([results[k] for k in waiting]), strict=True):
         results[k] = result
-    return [_on_host(result) for result in results]
+    for k, result in enumerate(results):
+        try:
+            results[k] = _on_host(result)
+        except Exception as error:  # a tensor without values
+            results[k] = error
+    return results
 
 
 def _await_all(awaitables: list[Any]) -> list[Any]:
@@ -138,7 +143,7 @@ def _await_all(awaitables: list[Any]) -> list[Any]:
 def _on_host(value: Any) -> Any:
     """Turn tensors into arrays and tuples into lists."""
     if isinstance(value, Tensor):
-        return value.detach().double().cpu().numpy()
+        return value.detach().to_dense().double().cpu().numpy()
     return [_on_host(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

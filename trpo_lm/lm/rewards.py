@@ -1,8 +1,10 @@
 """Several reward functions and reward models as one, with every result checked.
 
-A reward function takes the keywords it names out of `KEYWORDS` and the dataset's columns and
-returns one entry for each completion: a number (paid at the last action), a list with one number
-per token (each paid at its token) or None to abstain. A reward model is a classifier with a
+A reward function takes the keywords it names out of `KEYWORDS` and the dataset's columns, copies of
+its own, and returns one entry for each completion: a number (paid at the last action), a list with
+one number per token (each paid at its token) or None to abstain. As in TRL, the completion of a
+text is text, and that of a conversation a list with one message, {"role": "assistant", "content":
+...}, which begins with what the prompt prefilled. A reward model is a classifier with a
 tokenizer of its own (`reward_models`). Both may score unfinished text, for the prefix critic.
 
 Nothing is clipped, normalised or replaced here: an unusable reward is an error that names the
@@ -11,6 +13,7 @@ function and the sample.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -18,6 +21,7 @@ import numbers
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib import import_module
 from typing import Any
 
@@ -26,10 +30,12 @@ import torch
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, as_turn
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.reward_workers import RemoteFailure, Worker, call, collect_metric
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
+_LARGEST = 1e100  # of a reward: sums of its squares are finite
 _SIGNATURE_HINT = f"a reward takes some of {', '.join(KEYWORDS)} and the dataset's columns, by name"
 
 
@@ -176,6 +182,21 @@ class Rewards:
                     hint=_SIGNATURE_HINT,
                 )
 
+    def check_prompts(self, prompts: list, columns: dict[str, list]) -> None:
+        """Raise `TrpoLMError` if the chat template of a reward model refuses a conversation."""
+        for function in self.functions:
+            if isinstance(function, RewardModel):
+                function.check_prompts(prompts, columns)
+
+    def reads(self, column: str) -> bool:
+        """Whether a column of the dataset reaches a function that names it or takes anything."""
+        pairs = zip(self.functions, self._signatures, strict=True)
+        return column not in KEYWORDS and any(
+            column
+            in (TEMPLATE_COLUMNS if isinstance(function, RewardModel) else accepted or [column])
+            for function, (_, accepted) in pairs
+        )
+
     def __call__(
         self,
         prompts: list,
@@ -188,7 +209,7 @@ class Rewards:
 
         Args:
             prompts: (N,) strings or conversations.
-            completions: (N,) strings or lists of messages.
+            completions: (N,) strings; what functions get of a conversation's is a message.
             completion_ids: (N,) token ids, without padding.
             columns: Further columns of the dataset, (N,) each.
             trainer_state: Passed to the functions that name it.
@@ -197,6 +218,7 @@ class Rewards:
             RunFault: If a function raises, takes too long, or returns something unusable.
         """
         self.check_columns(columns)
+        prompts, completions = _turns(prompts, completions)
         keywords = {
             "prompts": prompts, "completions": completions, "completion_ids": completion_ids,
             "trainer_state": trainer_state,
@@ -240,7 +262,7 @@ class Rewards:
 
         Args:
             prompts: (N,) strings or conversations.
-            completions: (N,) strings or lists of messages.
+            completions: (N,) strings.
             prefixes: prefixes[i][t] is the text of the first t tokens of completion i.
             columns: Further columns of the dataset, (N,) each.
 
@@ -250,20 +272,22 @@ class Rewards:
         Raises:
             RunFault: As for whole completions.
         """
+        columns = columns or {}
         states = [(i, text) for i, row in enumerate(prefixes) for text in row]
-        inputs = {name: [column[i] for i, _ in states] for name, column in (columns or {}).items()}
-        inputs["prompts"] = [prompts[i] for i, _ in states]
-        inputs["completions"] = [
-            text if isinstance(completions[i], str) else [{"role": "assistant", "content": text}]
-            for i, text in states
-        ]
+        inputs = {name: [column[i] for i, _ in states] for name, column in columns.items()}
+        inputs["prompts"], inputs["completions"] = _turns(
+            [prompts[i] for i, _ in states], [text for _, text in states]
+        )
         weighted = [k for k, weight in enumerate(self.weights) if weight]
         plain = [k for k in weighted if not isinstance(self.functions[k], RewardModel)]
         results = dict(zip(plain, self._run(plain, inputs)[0], strict=True))
         total = np.zeros(len(states))
         for k in weighted:
             if k not in results:
-                keywords = {"prompts": prompts, "completions": completions, "prefixes": prefixes}
+                keywords = {
+                    "prompts": prompts, "completions": completions, "prefixes": prefixes,
+                    "columns": columns,
+                }  # fmt: skip
                 (rows,) = call([(self.functions[k].score_prefixes, keywords)])
                 self._raise_failure(k, rows, prompts)
                 results[k] = [score for row in rows for score in row]
@@ -308,7 +332,9 @@ class Rewards:
         keywords = {}
         for k in which:
             _, accepted = self._signatures[k]
-            keywords[k] = {n: v for n, v in inputs.items() if accepted is None or n in accepted}
+            taken = {n: v for n, v in inputs.items() if accepted is None or n in accepted}
+            shared = isinstance(self.functions[k], RewardModel)
+            keywords[k] = taken if shared else {n: _copied(v) for n, v in taken.items()}
         try:
             self._start_workers()
             remote = [k for k in keywords if k in self._workers]
@@ -369,17 +395,37 @@ class Rewards:
             sample = f"for sample {i} (prompt {_excerpt(prompts[i])})"
             value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
             entries = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(x, numbers.Real) for x in entries):
+            entries = [x.item() if getattr(x, "shape", None) == () else x for x in entries]
+            if not all(isinstance(x, numbers.Real | Decimal) for x in entries):
                 raise RunFault(f"{reward} returned {value!r:.60}, which is not a number, {sample}")
             if isinstance(value, list) and (lengths is None or len(value) != lengths[i]):
                 tokens = "an unfinished text" if lengths is None else f"{lengths[i]} tokens"
                 raise RunFault(f"{reward} returned {len(value)} rewards for {tokens} {sample}")
-            bad = [x for x in entries if not math.isfinite(x)]
+            most = _LARGEST / max(1.0, abs(self.weights[k])) / max(1, len(entries))
+            bad = [x for x in entries if not abs(x) <= most]  # nan is not either
             if bad and self.on_bad_reward == "error":
                 hint = "return None to abstain, or drop such rows with on_bad_reward='skip'"
-                raise RunFault(f"{reward} returned {bad[0]} {sample}", hint=hint)
-            values.append(math.nan if bad else value)
+                large = ", which is too large to be squared," * (abs(bad[0]) < math.inf)
+                raise RunFault(f"{reward} returned {bad[0]!s:.40}{large} {sample}", hint=hint)
+            entries = [float(x) for x in entries] if not bad else []
+            one = entries[0] if entries else None
+            values.append(math.nan if bad else entries if isinstance(value, list) else one)
         return values
+
+
+def _turns(prompts: list, completions: list) -> tuple[list, list]:
+    """Return prompts and completions as functions get them; see `prompts.as_turn`."""
+    turns = [as_turn(p, c) for p, c in zip(prompts, completions, strict=True)]
+    return [p for p, _ in turns], [c for _, c in turns]
+
+
+def _copied(value: Any) -> Any:
+    """Copy an argument, so that a function that changes it changes nothing else."""
+    if isinstance(value, list):
+        return [_copied(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return copy.copy(value) if isinstance(value, np.ndarray | Tensor) else value
 
 
 def _total(value: float | list[float] | None) -> float:
