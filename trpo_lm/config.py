@@ -176,6 +176,41 @@ class TRLSettings:
 
 
 @dataclass(frozen=True)
+class DatasetSettings:
+    """Where the prompts come from; `lm.prompts.load_prompts` reads them."""
+
+    dataset: str = option("", "prompts: .jsonl, .csv, .parquet, .txt, or a folder or hub id")
+    eval_dataset: str | None = option(
+        None, "held-out prompts; default: eval_split, or the last rows of the dataset"
+    )
+    dataset_config: str | None = option(None, "configuration of a dataset, e.g. main of gsm8k")
+    dataset_revision: str | None = option(None, "branch, tag or commit of a dataset on the hub")
+    dataset_split: str = option("train", "split of a dataset to train on, e.g. train[:5000]")
+    eval_split: str | None = option(None, "split of a dataset to evaluate on, e.g. test")
+    dataset_rows: int | None = option(
+        None, "read this many rows, the first ones, and stream a dataset on the hub"
+    )
+    prompt_column: str = option("prompt", "column that holds the prompt: text, or messages")
+    prompt_template: str | None = option(
+        None, "text with {column} placeholders that makes the prompt; a user's message in a chat"
+    )
+    answer_column: str | None = option(
+        None, "column that rewards get as `answer`; default: the one of that name, if any"
+    )
+
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "dataset_rows": (
+                    self.dataset_rows is None or _whole(self.dataset_rows, 1),
+                    "None or a whole number of at least 1",
+                ),
+            },
+        )
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """Settings of a run other than those of the update rule."""
 

@@ -11,8 +11,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import trpo_lm.lm.prompts
+from trpo_lm.config import DatasetSettings
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.lm.prompts import Prompts, check_prompts, encode_prompt, load_both, load_prompts
+from trpo_lm.lm.prompts import (
+    Prompts,
+    check_prompts,
+    encode_prompt,
+    load_both,
+    load_from_settings,
+    load_prompts,
+)
 from trpo_lm.training.artifacts import save_prompts
 
 TALK = [{"role": "user", "content": "w1 w2"}]
@@ -375,3 +383,78 @@ def test_B07_a_text_whose_end_has_other_tokens_loses_more_or_is_refused():
     assert cut.prompts == ["c c"]
     with pytest.raises(TrpoLMError, match=r"no end of its text has the same tokens.*row 0"):
         check_prompts(load_prompts(["c abb"]), tok, room=2, truncate="left")
+
+
+# ---------------------------------------------------------------- datasets by name
+
+SUMS = [{"question": f"{i} + 1?", "answer": f"so #### {i + 1}"} for i in range(30)]
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A folder of the shape of openai/gsm8k: two configurations, two splits each."""
+    card = ["---", "configs:"]
+    for name in ("main", "socratic"):
+        (tmp_path / "sums" / name).mkdir(parents=True)
+        card += [f"- config_name: {name}", "  data_files:"]
+        for split, rows in (("train", SUMS), ("test", SUMS[:3])):
+            path = f"{name}/{split}.parquet"
+            Dataset.from_list(rows).to_parquet(tmp_path / "sums" / path)
+            card += [f"  - split: {split}", f"    path: {path}"]
+    (tmp_path / "sums" / "README.md").write_text("\n".join([*card, "---", ""]))
+    return str(tmp_path / "sums")
+
+
+def test_a_dataset_with_configurations_and_columns_of_its_own(named):
+    settings = DatasetSettings(
+        named, dataset_config="main", eval_split="test", prompt_template="Q: {question} {{}}"
+    )
+    train, held_out = load_from_settings(settings, None, split_off=2)
+    assert (len(train), len(held_out)) == (30, 3) and train.asked
+    assert train.prompts[0] == "Q: 0 + 1? {}" and train.columns["answer"][0] == "so #### 1"
+    some = load_prompts(named, name="socratic", split="test", rows=2, column="question")
+    assert some == Prompts(["0 + 1?", "1 + 1?"], {"answer": ["so #### 1", "so #### 2"]})
+    sliced = load_prompts(named, name="main", split="train[:5]", column="question")
+    assert len(sliced) == 5
+
+
+def test_what_is_wrong_with_a_dataset_by_name_is_said(named):
+    for options, message in (
+        ({}, r"Config name is missing(.|\n)*main(.|\n)*dataset_config"),
+        ({"name": "other"}, "other"),
+        ({"name": "main", "split": "dev"}, r"dev(.|\n)*dataset_split"),
+        ({"name": "main"}, r"no column 'prompt'.*question(.|\n)*prompt_template"),
+        ({"name": "main", "template": "{quest}"}, r"names quest; the columns are \['question'"),
+        ({"name": "main", "template": "no column"}, "names no column"),
+        ({"name": "main", "template": "{question"}, "cannot be read"),
+        ({"name": "main", "column": "question", "answer_column": "x"}, "no column 'x'"),
+        ({"name": "main", "rows": 0}, "rows = 0 must be at least 1"),
+    ):
+        with pytest.raises(TrpoLMError, match=message):
+            load_prompts(named, **options)
+
+
+def test_a_template_makes_a_users_message_where_there_is_a_chat_template():
+    rows = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    loaded = load_prompts(rows, template="w{a}", answer_column="b")
+    assert loaded == Prompts(["w1", "w2"], {"answer": ["x", "y"], "a": [1, 2]}, asked=True)
+    assert check_prompts(loaded, tiny.tokenizer(), room=None, truncate="error")[0].prompts == [
+        "w1", "w2",
+    ]  # fmt: skip
+    chat = tiny.tokenizer(chat_template="{{ messages[0]['content'] }}")
+    fitted, _ = check_prompts(loaded, chat, room=None, truncate="error")
+    assert fitted.prompts[1] == [{"role": "user", "content": "w2"}] and not fitted.asked
+    assert load_prompts(loaded) == loaded and loaded.split_off(1)[1].asked
+
+
+def test_a_function_makes_prompts_and_columns():
+    def make(row):
+        return {"prompt": [{"role": "user", "content": row["q"]}], "answer": row["n"] + 1}
+
+    loaded = load_prompts([{"q": "w1", "n": 1}], template=make)
+    assert loaded.prompts == [[{"role": "user", "content": "w1"}]]
+    assert loaded.columns == {"q": ["w1"], "n": [1], "answer": [2]}
+    with pytest.raises(TrpoLMError, match="template failed on row 0: KeyError: 'x'"):
+        load_prompts([{"q": "w1"}], template=lambda row: row["x"])
+    with pytest.raises(TrpoLMError, match="row 0 holds 3"):
+        load_prompts([{"q": "w1"}], template=lambda row: 3)

@@ -99,5 +99,5 @@ def test_B15_template_arguments_are_used_or_answered_and_unused_columns_named():
     fit_data(Data(Prompts([talk], columns)), made, args, notes.append)
     assert notes == ["columns of the dataset that no reward takes, not used: images, completions"]
     assert made.mdp.encode([talk])[0][:2] == [11, 5]  # w7 w1
-    with pytest.raises(TrpoLMError, match="no prompt is a conversation .*chat_template_kwargs"):
+    with pytest.raises(TrpoLMError, match=r"no prompt is a conversation .*chat_template_kwargs"):
         fit_data(Data(Prompts(["w1"], {})), made, args, print)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import Any, NamedTuple
 
 import datasets
 
+from trpo_lm.config import DatasetSettings
 from trpo_lm.errors import TrpoLMError
 
 Prompt = str | list[dict[str, Any]]  # text, or messages with a role and a content
@@ -28,12 +30,21 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
 _MOST_UNCOUNTED = 100_000  # rows read of what has no length, unless their number is stated
 
 
+Template = str | Callable[[dict[str, Any]], Any]  # how a row becomes a prompt; see `load_prompts`
+
+
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts and the columns that go with them, row by row."""
+    """Prompts and the columns that go with them, row by row.
+
+    Attributes:
+        prompts, columns: N values each.
+        asked: Whether texts become the message of a user where the tokenizer has a chat template.
+    """
 
     prompts: list[Prompt]
     columns: dict[str, list]
+    asked: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -47,7 +58,7 @@ class Prompts:
         """Split off the last `count` rows, at most a tenth of all; return the others and these."""
         cut = len(self) - min(count, max(1, len(self) // 10))
         first, last = self.take(range(cut)), self.take(range(cut, len(self)))
-        return Prompts(*first), Prompts(*last)
+        return Prompts(*first, self.asked), Prompts(*last, self.asked)
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with any prompt or column."""
@@ -56,24 +67,60 @@ class Prompts:
 
 
 def load_both(
-    dataset: Any, eval_dataset: Any, *, column: str, split_off: int
+    dataset: Any,
+    eval_dataset: Any,
+    *,
+    split_off: int,
+    split: str = "train",
+    eval_split: str | None = None,
+    **options: Any,
 ) -> tuple[Prompts, Prompts]:
     """Return training prompts and held-out prompts.
 
     Args:
         dataset: Any source that `load_prompts` accepts.
-        eval_dataset: Likewise; None: the last rows of the dataset.
-        column: Column of both that holds the prompt.
-        split_off: Rows to hold out without an eval_dataset, at most a tenth of all.
+        eval_dataset: Likewise; None: `eval_split` of the dataset, or else its last rows.
+        split_off: Rows to hold out without an eval_dataset and eval_split, at most a tenth of all.
+        split: Split of the dataset to train on.
+        eval_split: Split to evaluate on; None: `split`, of an eval_dataset.
+        options: Of `load_prompts`, for both.
     """
-    prompts = load_prompts(dataset, column=column)
-    if eval_dataset is None:
+    prompts = load_prompts(dataset, split=split, **options)
+    if eval_dataset is None and eval_split is None:
         return prompts.split_off(split_off)
-    return prompts, load_prompts(eval_dataset, column=column)
+    source = dataset if eval_dataset is None else eval_dataset
+    return prompts, load_prompts(source, split=eval_split or split, **options)
+
+
+def load_from_settings(
+    settings: DatasetSettings, eval_dataset: str | None, *, split_off: int
+) -> Any:
+    """Return training and held-out prompts as a command line names them; see `load_both`."""
+    return load_both(
+        settings.dataset,
+        settings.eval_dataset or eval_dataset,
+        split_off=split_off,
+        split=settings.dataset_split,
+        eval_split=settings.eval_split,
+        name=settings.dataset_config,
+        revision=settings.dataset_revision,
+        rows=settings.dataset_rows,
+        column=settings.prompt_column,
+        template=settings.prompt_template,
+        answer_column=settings.answer_column,
+    )
 
 
 def load_prompts(
-    source: Any, *, column: str = "prompt", split: str = "train", rows: int | None = None
+    source: Any,
+    *,
+    column: str = "prompt",
+    template: Template | None = None,
+    answer_column: str | None = None,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    rows: int | None = None,
 ) -> Prompts:
     """Read prompts from a dataset, a list, a file or a hub id.
 
@@ -85,10 +132,17 @@ def load_prompts(
     Args:
         source: A `datasets.Dataset` or `IterableDataset`, a data frame or table of pandas, polars
             or pyarrow, a list or generator of texts, conversations or rows (dicts), the path of a
-            .jsonl, .json, .csv, .tsv, .parquet or .txt file (one prompt a line), or the id of a
-            dataset on the hub.
+            .jsonl, .json, .csv, .tsv, .parquet or .txt file (one prompt a line), or the folder or
+            hub id of a dataset.
         column: Column that holds the prompt.
-        split: Split to take from a hub dataset.
+        template: Makes the prompt from a row instead: text with {column} placeholders, or a
+            function that takes the row and returns a prompt, or a dict of it ("prompt") and of
+            columns to set. Text becomes the message of a user where the tokenizer has a chat
+            template.
+        answer_column: Column that reaches reward functions as `answer`.
+        name: Configuration of a folder or hub dataset, e.g. "main" of openai/gsm8k.
+        split: Split of it, e.g. "train" or "test[:100]".
+        revision: Branch, tag or commit of a hub dataset.
         rows: Most rows to read, the first ones; a hub dataset is then streamed. None: all, and at
             most 100,000 of what has no length.
 
@@ -97,18 +151,60 @@ def load_prompts(
     """
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     where = f"dataset {source!r}" if isinstance(source, str) else "dataset"
-    table = _read(source, column, split, rows, where)
+    if rows is not None and rows < 1:
+        raise TrpoLMError(f"rows = {rows} must be at least 1", where=where)
+    table = _read(source, column, _Hub(name, split, revision), rows, where)
     names = list(table.column_names)
-    if column not in names:
-        raise TrpoLMError(
-            f"no column {column!r}; the columns are {names}", where=where,
-            hint="name the column with prompt_column",
-        )  # fmt: skip
+    for wanted in (None if template else column, answer_column):
+        if wanted not in (None, *names):
+            raise TrpoLMError(
+                f"no column {wanted!r}; the columns are {names}", where=where,
+                hint="name the column with prompt_column (or answer_column), or make prompts from "
+                "other columns with prompt_template",
+            )  # fmt: skip
     if len(table) == 0:
         raise TrpoLMError("the dataset is empty", where=where, hint="give at least one prompt")
+    columns = {n: list(table[n]) for n in names}
+    if template is not None:
+        column = "prompt"
+        columns = _from_template(template, columns, where)
     place = f"{where}, column {column!r}; columns {names}"
-    prompts = [_prompt(value, i, place) for i, value in enumerate(table[column])]
-    return Prompts(prompts, {n: list(table[n]) for n in names if n not in (column, "prompt")})
+    prompts = [_prompt(value, i, place) for i, value in enumerate(columns[column])]
+    if answer_column is not None:
+        columns = {"answer": columns[answer_column], **columns}
+        columns["answer"] = columns.pop(answer_column)
+    columns = {n: values for n, values in columns.items() if n not in (column, "prompt")}
+    asked = source.asked if isinstance(source, Prompts) else template is not None
+    return Prompts(prompts, columns, asked)
+
+
+def _from_template(template: Template, columns: dict[str, list], where: str) -> dict[str, list]:
+    """Return the columns, with the prompt that a template makes of each row."""
+    count = len(next(iter(columns.values())))
+    if isinstance(template, str):
+        where = "prompt_template"
+        try:
+            fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+        except ValueError as error:
+            raise TrpoLMError(f"{template!r} cannot be read: {error}", where=where) from error
+        if not fields or fields - columns.keys():
+            raise TrpoLMError(
+                f"{template!r} names {', '.join(sorted(fields)) or 'no column'}; the columns are "
+                f"{list(columns)}",
+                where=where,
+                hint="write a column's name in braces, e.g. {question}; a brace itself is {{",
+            )
+    made = []
+    for i in range(count):
+        row = {n: values[i] for n, values in columns.items()}
+        try:
+            made.append(template.format_map(row) if isinstance(template, str) else template(row))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise TrpoLMError(f"the template failed on row {i}: {reason}", where=where) from error
+    rows = [value if isinstance(value, dict) else {"prompt": value} for value in made]
+    names = dict.fromkeys(n for row in rows for n in row)
+    return {**columns, **{n: [row.get(n) for row in rows] for n in names}}
 
 
 def _prompt(value: Any, row: int, where: str) -> Prompt:
@@ -176,7 +272,15 @@ def as_turn(prompt: Prompt, completion: Any) -> tuple[Prompt, Any]:
     return prompt, [{"role": "assistant", "content": completion}]
 
 
-def _read(source: Any, column: str, split: str, rows: int | None, where: str) -> Any:
+class _Hub(NamedTuple):
+    """Which part of a dataset with a name."""
+
+    name: str | None
+    split: str
+    revision: str | None
+
+
+def _read(source: Any, column: str, hub: _Hub, rows: int | None, where: str) -> Any:
     """Return columns by name: a Dataset, or a `_Table`."""
     if isinstance(source, Prompts):
         return _first(_Table({**source.columns, column: source.prompts}), rows)
@@ -188,7 +292,7 @@ def _read(source: Any, column: str, split: str, rows: int | None, where: str) ->
     if isinstance(source, datasets.Dataset):
         return _first(source, rows)
     if isinstance(source, str):
-        return _first(_read_file(Path(source), column, split, rows, where), rows)
+        return _first(_read_file(Path(source), column, hub, rows, where), rows)
     for convert in ("to_pylist", "to_dicts", "to_list"):  # pyarrow, polars, a series
         if hasattr(source, convert) and not isinstance(source, datasets.IterableDataset):
             source = getattr(source, convert)()
@@ -254,7 +358,7 @@ def _table(rows: list[Any], column: str) -> _Table:
     return _Table({name: [row.get(name) for row in rows] for name in names})
 
 
-def _read_file(path: Path, column: str, split: str, rows: int | None, where: str) -> Any:
+def _read_file(path: Path, column: str, hub: _Hub, rows: int | None, where: str) -> Any:
     ending = path.suffix.lower()
     if ending in (*_READERS, ".jsonl", ".txt") and not path.is_file():
         raise TrpoLMError("the file does not exist", where=where)
@@ -270,11 +374,16 @@ def _read_file(path: Path, column: str, split: str, rows: int | None, where: str
                 return datasets.load_dataset(
                     kind, data_files=str(path), split="train", keep_in_memory=True, **options
                 )
-            return datasets.load_dataset(str(path), split=split)
+            options = {"split": hub.split, "revision": hub.revision}
+            if rows is None:
+                return datasets.load_dataset(str(path), hub.name, **options)
+            streamed = datasets.load_dataset(str(path), hub.name, streaming=True, **options)
+            return _table(list(islice(streamed, rows)), column)
     except Exception as error:
         raise TrpoLMError(
             f"the dataset cannot be read: {type(error).__name__}: {error}", where=where,
-            hint="give a .jsonl, .csv, .parquet or .txt file, or the id of a dataset on the hub",
+            hint="give a .jsonl, .csv, .parquet or .txt file, or the folder or hub id of a dataset,"
+            " whose configuration and split dataset_config and dataset_split name",
         ) from error  # fmt: skip
 
 
@@ -326,8 +435,11 @@ def check_prompts(
         TrpoLMError: If a row cannot be encoded, has no token or is too long; names the row.
     """
     texts, truncated = list(prompts.prompts), 0
-    encoded = encode_prompts(tokenizer, prompts.prompts, prompts.columns, template_arguments)
-    for i, (prompt, ids) in enumerate(zip(prompts.prompts, encoded, strict=True)):
+    if prompts.asked and getattr(tokenizer, "chat_template", None):
+        asked = ([{"role": "user", "content": p}] if isinstance(p, str) else p for p in texts)
+        texts = list(asked)
+    encoded = encode_prompts(tokenizer, texts, prompts.columns, template_arguments)
+    for i, (prompt, ids) in enumerate(zip(texts, encoded, strict=True)):
         if room is None or len(ids) <= room:
             continue
         if truncate == "error" or not isinstance(prompt, str):
