@@ -297,7 +297,8 @@ def _read(source: Any, column: str, hub: _Hub, rows: int | None, where: str) -> 
         if hasattr(source, convert) and not isinstance(source, datasets.IterableDataset):
             source = getattr(source, convert)()
     if hasattr(source, "iterrows"):  # pandas
-        source = source.astype(object).where(source.notna(), None).to_dict("records")
+        frame: Any = source
+        source = frame.astype(object).where(frame.notna(), None).to_dict("records")
     by_name = isinstance(source, Mapping) or hasattr(source, "keys") or hasattr(source, "columns")
     if isinstance(source, Iterable) and not by_name:
         return _table(_listed(source, rows, where), column)
