@@ -248,8 +248,20 @@ class TrainerConfig:
     on_bad_reward: str = option(
         "error", "a reward that is nan or infinite: 'error' or 'skip' the row"
     )
+    mask_truncated_completions: bool = option(
+        False, "completions cut by the length limit get no score and are not learned from"
+    )
+    truncated_penalty: float = option(
+        0.0, "subtracted from the score of completions cut by the length limit"
+    )
     reward_timeout: float | None = option(
-        None, "seconds after which a reward function is killed; runs functions in worker processes"
+        None,
+        "seconds after which a call of a reward function, in a process of its own, is killed; "
+        "completions that hang by themselves get no score",
+    )
+    reward_workers: int = option(1, "processes for each reward function with a reward_timeout")
+    reward_retries: int = option(
+        0, "further attempts when such a function raises or its process dies"
     )
     ddp_timeout: float | None = option(
         None,
@@ -280,9 +292,9 @@ class TrainerConfig:
     def __post_init__(self):
         least = {
             "seed": 0, "updates": 1, "prompts_per_update": 1, "completions_per_prompt": 1,
-            "max_completion_length": 1, "prefix_stride": 1,
-            "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1, "save_steps": 0,
-            "save_total_limit": 1,
+            "max_completion_length": 1, "prefix_stride": 1, "reward_workers": 1,
+            "reward_retries": 0, "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1,
+            "save_steps": 0, "save_total_limit": 1,
         }  # fmt: skip
         weights = self.reward_weights
         _check(
@@ -312,6 +324,10 @@ class TrainerConfig:
                 "critic": (
                     self.critic in ("auto", "prefix", "value_head", "none"),
                     "'auto', 'prefix', 'value_head' or 'none'",
+                ),
+                "truncated_penalty": (
+                    _number(self.truncated_penalty, least=0),
+                    "a number of at least 0",
                 ),
                 "on_bad_reward": (self.on_bad_reward in ("error", "skip"), "'error' or 'skip'"),
                 "reward_weights": (

@@ -113,7 +113,8 @@ class TokenMDP:
             return after, 0.0, False, False
         columns = {name: [value] for name, value in (state.columns or {}).items()}
         text = self.text(ids, self.before(state.prompt, state.prompt_ids))
-        scores = self.rewards([state.prompt], [text], [list(ids)], columns)
+        cut = [truncated]
+        scores = self.rewards([state.prompt], [text], [list(ids)], columns, truncated=cut)
         paid = _token_rewards(scores, torch.tensor([len(ids)]), len(ids)).sum()
         return after, float(paid), terminated, truncated
 
@@ -210,7 +211,9 @@ class TokenMDP:
         before = self._before(prompts, prompt_ids, prompt_mask)
         completions = [self.text(*row) for row in zip(completion_ids, before, strict=True)]
         start = perf_counter()
-        scores = self.rewards(prompts, completions, completion_ids, columns, trainer_state)
+        scores = self.rewards(
+            prompts, completions, completion_ids, columns, trainer_state, truncated.tolist()
+        )
         return Rollout(
             prompts=prompts,
             completions=completions,

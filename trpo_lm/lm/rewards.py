@@ -18,7 +18,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -32,7 +32,7 @@ from torch import Tensor
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, as_turn
 from trpo_lm.lm.reward_models import RewardModel
-from trpo_lm.lm.reward_workers import RemoteFailure, Worker, call, collect_metric
+from trpo_lm.lm.reward_workers import Pool, RemoteFailure, call, collect_metric
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
 _LARGEST = 1e100  # of a reward: sums of its squares are finite
@@ -116,8 +116,13 @@ class Rewards:
             of models, which become a `RewardModel`.
         reward_weights: One finite weight for each function, not all zero; default 1.
         on_bad_reward: "error" if a reward is nan or infinite, or "skip" to drop its row.
-        timeout: Seconds a function (not a reward model) may take. Each function then runs in a
-            process of its own, which is killed when its time is up.
+        timeout: Seconds a call of a function (not of a reward model) may take. Each function then
+            runs in processes of its own. When its time is up it is killed, and called again with
+            each completion alone; one that takes too long even so goes without its score.
+        workers: Processes for each function with a timeout; they share the completions.
+        retries: Further attempts, with a timeout, when a call raises or its process dies.
+        mask_truncated: Leave completions that the length limit cut without a score.
+        truncated_penalty: Subtracted from the score of such a completion, at its last action.
         reward_model_options: Keywords for the reward models created here.
 
     Attributes:
@@ -136,6 +141,10 @@ class Rewards:
         *,
         on_bad_reward: str = "error",
         timeout: float | None = None,
+        workers: int = 1,
+        retries: int = 0,
+        mask_truncated: bool = False,
+        truncated_penalty: float = 0.0,
         reward_model_options: dict[str, Any] | None = None,
     ):
         many = isinstance(reward_funcs, (list, tuple))
@@ -152,6 +161,8 @@ class Rewards:
                 "for each reward function, not all zero"
             )
         self.on_bad_reward, self.timeout = on_bad_reward, timeout
+        self.workers, self.retries = workers, retries
+        self.mask_truncated, self.truncated_penalty = mask_truncated, truncated_penalty
         self.functions: list[Any] = []
         self.names: list[str] = []
         for i, function in enumerate(functions):
@@ -168,7 +179,7 @@ class Rewards:
             for f, weight in zip(self.functions, self.weights, strict=True)
             if weight
         )
-        self._workers: dict[int, Worker] = {}
+        self._workers: dict[int, Pool] = {}
         self._start_workers()
 
     def check_columns(self, column_names: Iterable[str]) -> None:
@@ -204,6 +215,7 @@ class Rewards:
         completion_ids: list[list[int]],
         columns: dict[str, list],
         trainer_state: Any = None,
+        truncated: Sequence[bool] | None = None,
     ) -> RewardBatch:
         """Score N completions.
 
@@ -213,9 +225,10 @@ class Rewards:
             completion_ids: (N,) token ids, without padding.
             columns: Further columns of the dataset, (N,) each.
             trainer_state: Passed to the functions that name it.
+            truncated: (N,) whether the length limit cut a completion; None: it cut none.
 
         Raises:
-            RunFault: If a function raises, takes too long, or returns something unusable.
+            RunFault: If a function raises, always takes too long, or returns something unusable.
         """
         self.check_columns(columns)
         prompts, completions = _turns(prompts, completions)
@@ -223,7 +236,7 @@ class Rewards:
             "prompts": prompts, "completions": completions, "completion_ids": completion_ids,
             "trainer_state": trainer_state,
         }  # fmt: skip
-        results, metrics = self._run(range(len(self.functions)), {**columns, **keywords})
+        results, metrics, timed_out = self._run(range(len(self.functions)), {**columns, **keywords})
         lengths = [len(ids) for ids in completion_ids]
         values = [self._validate(k, result, prompts, lengths) for k, result in enumerate(results)]
 
@@ -233,16 +246,25 @@ class Rewards:
         sums = np.array([[_total(v) for v in row] for row in values], dtype=float)
         skipped = np.isnan(sums).any(axis=0)
         valid = present[weights != 0].any(axis=0) & ~skipped
+        cut = np.zeros(len(prompts), bool) if truncated is None else np.array(truncated, bool)
+        valid &= ~(cut & self.mask_truncated)
+        penalty = np.where(cut, self.truncated_penalty, 0.0)
         token_rewards = [np.zeros(length) for length in lengths]
         for k, i in np.argwhere(listed & valid):
             token_rewards[i] += weights[k] * np.array(values[k][i])
         logged = {name: sum(series) / len(series) for name, series in metrics.items()}
         if self.on_bad_reward == "skip":
             logged["rewards/skipped"] = float(skipped.sum())
+        if self.timeout:
+            logged["rewards/timed_out"] = float(timed_out)
+        if self.mask_truncated or self.truncated_penalty:
+            logged["rewards/truncated"] = float(cut.sum())
         return RewardBatch(
-            score=torch.from_numpy(np.where(valid, weights @ sums, math.nan)),
+            score=torch.from_numpy(np.where(valid, weights @ sums - penalty, math.nan)),
             valid=torch.from_numpy(valid),
-            terminal=torch.from_numpy(np.where(valid, weights @ np.where(listed, 0.0, sums), 0.0)),
+            terminal=torch.from_numpy(
+                np.where(valid, weights @ np.where(listed, 0.0, sums) - penalty, 0.0)
+            ),
             token_rewards=[row.tolist() for row in token_rewards] if listed.any() else None,
             columns={
                 name: [x if a and math.isfinite(x) else None for a, x in zip(*row, strict=True)]
@@ -308,26 +330,31 @@ class Rewards:
         self.close()
 
     def _start_workers(self) -> None:
-        """With a time limit, start a process for each function; reward models stay in this one."""
+        """With a time limit, start processes for each function; reward models stay in this one."""
         try:
             for k, function in enumerate(self.functions if self.timeout else ()):
                 if k not in self._workers and not isinstance(function, RewardModel):
-                    self._workers[k] = Worker(function, self.names[k])
+                    self._workers[k] = Pool(
+                        function, self.names[k], count=self.workers, seconds=self.timeout or 0.0,
+                        retries=self.retries,
+                    )  # fmt: skip
         except TrpoLMError:
             self.close()
             raise
 
     def _run(
         self, which: Iterable[int], inputs: dict[str, Any]
-    ) -> tuple[list[Any], dict[str, list[float]]]:
+    ) -> tuple[list[Any], dict[str, list[float]], int]:
         """Call the functions `which`, each with the inputs it names.
 
         Returns:
-            The result of each, and the values passed to `log_metric`, by name.
+            The result of each, the values passed to `log_metric`, by name, and how many
+            completions a function could not score in time.
         """
         metrics: dict[str, list[float]] = {}
+        timed_out = 0
         if not inputs["prompts"]:
-            return [[] for _ in which], metrics
+            return [[] for _ in which], metrics, timed_out
         inputs = {**inputs, "log_metric": functools.partial(collect_metric, metrics)}
         keywords = {}
         for k in which:
@@ -337,22 +364,20 @@ class Rewards:
             keywords[k] = taken if shared else {n: _copied(v) for n, v in taken.items()}
         try:
             self._start_workers()
-            remote = [k for k in keywords if k in self._workers]
-            for k in remote:
-                self._workers[k].ask(keywords[k], self.timeout or math.inf)
             local = [k for k in keywords if k not in self._workers]
             answers = call([(self.functions[k], keywords[k]) for k in local])
             results = dict(zip(local, answers, strict=True))
-            for k in remote:
-                results[k], remote_metrics = self._workers[k].answer()
-                for name, values in remote_metrics.items():
+            for k in (k for k in keywords if k in self._workers):
+                answer = self._workers[k].run(keywords[k], len(inputs["prompts"]))
+                results[k], timed_out = answer.result, timed_out + answer.timed_out
+                for name, values in answer.metrics.items():
                     metrics.setdefault(name, []).extend(values)
             for k, result in results.items():
                 self._raise_failure(k, result, inputs["prompts"])
         except BaseException:
             self.close()  # leave no worker busy with an abandoned call
             raise
-        return [results[k] for k in keywords], metrics
+        return [results[k] for k in keywords], metrics, timed_out
 
     def _raise_failure(self, k: int, result: Any, prompts: list) -> None:
         """Raise if the call of function `k` ended in an exception."""

@@ -108,6 +108,10 @@ def make_rewards(
             args.reward_weights,
             on_bad_reward=args.on_bad_reward,
             timeout=args.reward_timeout,
+            workers=args.reward_workers,
+            retries=args.reward_retries,
+            mask_truncated=args.mask_truncated_completions,
+            truncated_penalty=args.truncated_penalty,
             reward_model_options={
                 "prefix_stride": args.prefix_stride,
                 "allow_untrained_head": args.allow_untrained_reward_head,
