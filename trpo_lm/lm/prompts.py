@@ -437,8 +437,7 @@ def check_prompts(
     """
     texts, truncated = list(prompts.prompts), 0
     if prompts.asked and getattr(tokenizer, "chat_template", None):
-        asked = ([{"role": "user", "content": p}] if isinstance(p, str) else p for p in texts)
-        texts = list(asked)
+        texts = [_question(p) if isinstance(p, str) else p for p in texts]
     encoded = encode_prompts(tokenizer, texts, prompts.columns, template_arguments)
     for i, (prompt, ids) in enumerate(zip(texts, encoded, strict=True)):
         if room is None or len(ids) <= room:
@@ -452,6 +451,11 @@ def check_prompts(
             )
         texts[i], truncated = _drop_beginning(tokenizer, ids, room, row=i), truncated + 1
     return Prompts(texts, prompts.columns), truncated
+
+
+def _question(text: str) -> Prompt:
+    """Return a text as the message of a user."""
+    return [{"role": "user", "content": text}]
 
 
 def _drop_beginning(tokenizer: Any, ids: list[int], room: int, *, row: int) -> str:

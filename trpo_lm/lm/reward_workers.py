@@ -196,6 +196,7 @@ class Pool:
                             f"stopped, for each of {timed_out} completions alone"
                         )
                     continue
+                result: Any
                 result, failure, logged = answer or (None, None, {})
                 if (lost or failure) and task.attempts <= self.retries:
                     waiting.append(_Task(task.rows, task.attempts + 1))
