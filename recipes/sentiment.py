@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trpo_lm.cli import main, parse
-from trpo_lm.config import TrainerConfig, TRPOSettings, describe, option
+from trpo_lm.config import DatasetSettings, TrainerConfig, TRPOSettings, describe, option
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DatasetSettings):
     """What is trained, on what, to please whom."""
 
     model: str = option(str(DATA / "lm"), "causal LM: folder or hub id")
@@ -35,12 +35,8 @@ class Arguments:
         None, "module:callable to import as the reward instead of the reward model; runs its code"
     )
     dataset: str = option(
-        str(DATA / "prompts_train.jsonl"), "prompts: .jsonl, .csv, .txt, or a hub id"
+        str(DATA / "prompts_train.jsonl"), "prompts: .jsonl, .csv, .txt, or a folder or hub id"
     )
-    eval_dataset: str | None = option(
-        None, "held-out prompts; default: the embedded ones, or the last 256 rows of the dataset"
-    )
-    prompt_column: str = option("prompt", "column of the dataset that holds the prompt")
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def run() -> None:
         print("trpo_lm: loading torch and transformers ...", flush=True)
 
     from trpo_lm import TRPO, Trainer
-    from trpo_lm.lm.prompts import load_both
+    from trpo_lm.lm.prompts import load_from_settings
     from trpo_lm.lm.rewards import load_reward
 
     reward = arguments.reward_model
@@ -77,10 +73,7 @@ def run() -> None:
         if main_process:
             print(f"reward function: {arguments.reward_function}", flush=True)
     own = str(DATA / "prompts_test.jsonl") if arguments.dataset == Arguments.dataset else None
-    prompts, held_out = load_both(
-        arguments.dataset, arguments.eval_dataset or own,
-        column=arguments.prompt_column, split_off=256,
-    )  # fmt: skip
+    prompts, held_out = load_from_settings(arguments, own, split_off=256)
     Trainer(
         arguments.model,
         reward,

@@ -45,7 +45,7 @@ def run() -> None:
     from trpo_lm.analysis.token_view import draw_tokens, token_rows
     from trpo_lm.lm.prompts import Prompts
     from trpo_lm.lm.rewards import load_reward
-    from trpo_lm.report.format import clean, number
+    from trpo_lm.report.format import clean, conversation, number
 
     reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
     opened = open_run(a.run, a.checkpoint, reward=reward)
@@ -70,7 +70,7 @@ def run() -> None:
     score = f"score {number(float(rollout.scores.score[0]))}, " if scored else ""
     note = f"{score}KL to the reference {number(sum(r['kl'] for r in rows))} nats"
     note += f" in {len(rows)} tokens"
-    print(f"{clean(rollout.prompts[0])} |{clean(rollout.completions[0])}\n{note}")
+    print(f"{clean(conversation(rollout.prompts[0]))} |{clean(rollout.completions[0])}\n{note}")
     folder = Path(a.output) if a.output else opened.folder / "token_view"
     title = f"A completion of the {a.checkpoint} policy (update {opened.update})"
     stem = folder / name

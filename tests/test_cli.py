@@ -50,6 +50,24 @@ def test_flags_become_settings():
     assert trainer == TrainerConfig(load_in_4bit=True, reward_weights=[1.0, -0.5])
 
 
+@pytest.mark.parametrize(
+    "text", ['{"enable_thinking": false, "n": [1]}', "{enable_thinking: false, n: [1]}"]
+)
+def test_a_mapping_is_json_or_yaml(yaml_file, text):
+    wanted = {"enable_thinking": False, "n": [1]}
+    block = "chat_template_kwargs:\n  enable_thinking: false\n  n: [1]\n"
+    for found in (
+        read("--chat_template_kwargs", text),
+        read(file=yaml_file(f"chat_template_kwargs: {text}\n")),
+        read(file=yaml_file(block)),
+    ):
+        assert found[2].chat_template_kwargs == wanted
+    assert read("--chat_template_kwargs", "none")[2].chat_template_kwargs is None
+    for wrong in ("true", "[1]", "{", "{1: 2}"):
+        with pytest.raises(TrpoLMError, match="chat_template_kwargs"):
+            read("--chat_template_kwargs", wrong)
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(yaml_file):
     file = yaml_file(
         "max_kl: 1e-3\nlam: 1\nupdates: 7\nrun_name: 'no'\nload_in_8bit: yes\n"

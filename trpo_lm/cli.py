@@ -30,15 +30,18 @@ from trpo_lm.errors import Interrupted, TrpoLMError
 
 # ---------------------------------------------------------------- settings
 
-_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-_METAVAR = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
+_EXPECTED = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text",
+    dict: "a mapping as JSON or YAML",
+}  # fmt: skip
+_METAVAR = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class _Setting(NamedTuple):
     """One field of a dataclass, as the command line sees it."""
 
-    item: type  # bool, int, float or str
+    item: type  # bool, int, float, str or dict
     many: bool  # a list of them
     optional: bool  # None is a value
     default: Any
@@ -77,7 +80,7 @@ def parse(
 
     Args:
         classes: Dataclasses whose fields are declared with `trpo_lm.config.option`, of type bool,
-            int, float, str, a list of one of them, or one of these or None.
+            int, float, str, a list of one of them, a dict, or one of these or None.
         argv: The words after the name of the program; default: those of this process.
         description: First paragraph of the help text.
         positional: Required settings, whose flags may be left out in this order.
@@ -150,7 +153,7 @@ def _setting(name: str, hint: Any, default: Any, help: str) -> _Setting:
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [kind for kind in choices if kind is not NoneType]
     many = get_origin(kinds[0]) is list
-    item = get_args(kinds[0])[0] if many else kinds[0]
+    item = get_args(kinds[0])[0] if many else get_origin(kinds[0]) or kinds[0]
     if len(kinds) != 1 or item not in _EXPECTED:
         raise TypeError(f"the command line cannot set {name}: {hint}")
     return _Setting(item, many, NoneType in choices, default, help)
@@ -241,6 +244,8 @@ def _from_words(words: list[str], setting: _Setting) -> Any:
 
 def _from_node(node: yaml.Node, setting: _Setting) -> Any:
     """Convert a YAML node; ValueError if it does not fit the setting."""
+    if setting.item is dict and isinstance(node, yaml.MappingNode):
+        return _mapping(yaml.serialize(node))
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if not all(isinstance(n, yaml.ScalarNode) for n in nodes):
         raise ValueError
@@ -262,7 +267,19 @@ def _is_none(words: list[str]) -> bool:
     return len(words) == 1 and words[0].lower() in ("none", "null")
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError from error
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 def _scalar(text: str, item: type) -> Any:
+    if item is dict:
+        return _mapping(text)
     if item is not bool:
         return item(text)
     if text.lower() not in _BOOLS:

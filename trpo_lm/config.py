@@ -286,6 +286,41 @@ def _model_rules(settings: ModelSettings) -> dict[str, tuple[bool, str]]:
 
 
 @dataclass(frozen=True)
+class DatasetSettings:
+    """Where the prompts come from; `lm.prompts.load_prompts` reads them."""
+
+    dataset: str = option("", "prompts: .jsonl, .csv, .parquet, .txt, or a folder or hub id")
+    eval_dataset: str | None = option(
+        None, "held-out prompts; default: eval_split, or the last rows of the dataset"
+    )
+    dataset_config: str | None = option(None, "configuration of a dataset, e.g. main of gsm8k")
+    dataset_revision: str | None = option(None, "branch, tag or commit of a dataset on the hub")
+    dataset_split: str = option("train", "split of a dataset to train on, e.g. train[:5000]")
+    eval_split: str | None = option(None, "split of a dataset to evaluate on, e.g. test")
+    dataset_rows: int | None = option(
+        None, "read this many rows, the first ones, and stream a dataset on the hub"
+    )
+    prompt_column: str = option("prompt", "column that holds the prompt: text, or messages")
+    prompt_template: str | None = option(
+        None, "text with {column} placeholders that makes the prompt; a user's message in a chat"
+    )
+    answer_column: str | None = option(
+        None, "column that rewards get as `answer`; default: the one of that name, if any"
+    )
+
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "dataset_rows": (
+                    self.dataset_rows is None or _whole(self.dataset_rows, 1),
+                    "None or a whole number of at least 1",
+                ),
+            },
+        )
+
+
+@dataclass(frozen=True)
 class TrainerConfig(ModelSettings):
     """Settings of a run other than those of the update rule."""
 
@@ -304,6 +339,9 @@ class TrainerConfig(ModelSettings):
     truncate_prompts: str = option(
         "error", "prompts too long for the model: 'error', or 'left' to drop their beginning"
     )
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None, "arguments of the chat template, as JSON or YAML, e.g. '{\"enable_thinking\": false}'"
+    )
     micro_batch_tokens: int | None = option(
         None,
         "most tokens in one pass; changes memory, not results; default: as many as fit in memory",
@@ -319,8 +357,20 @@ class TrainerConfig(ModelSettings):
     on_bad_reward: str = option(
         "error", "a reward that is nan or infinite: 'error' or 'skip' the row"
     )
+    mask_truncated_completions: bool = option(
+        False, "completions cut by the length limit get no score and are not learned from"
+    )
+    truncated_penalty: float = option(
+        0.0, "subtracted from the score of completions cut by the length limit"
+    )
     reward_timeout: float | None = option(
-        None, "seconds after which a reward function is killed; runs functions in worker processes"
+        None,
+        "seconds after which a call of a reward function, in a process of its own, is killed; "
+        "completions that hang by themselves get no score",
+    )
+    reward_workers: int = option(1, "processes for each reward function with a reward_timeout")
+    reward_retries: int = option(
+        0, "further attempts when such a function raises or its process dies"
     )
     ddp_timeout: float | None = option(
         None,
@@ -348,9 +398,9 @@ class TrainerConfig(ModelSettings):
     def __post_init__(self):
         least = {
             "seed": 0, "updates": 1, "prompts_per_update": 1, "completions_per_prompt": 1,
-            "max_completion_length": 1, "prefix_stride": 1,
-            "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1, "save_steps": 0,
-            "save_total_limit": 1,
+            "max_completion_length": 1, "prefix_stride": 1, "reward_workers": 1,
+            "reward_retries": 0, "logging_steps": 1, "eval_steps": 0, "eval_prompts": 1,
+            "save_steps": 0, "save_total_limit": 1,
         }  # fmt: skip
         weights = self.reward_weights
         _check(
@@ -370,9 +420,21 @@ class TrainerConfig(ModelSettings):
                     self.truncate_prompts in ("error", "left"),
                     "'error' or 'left'",
                 ),
+                "chat_template_kwargs": (
+                    self.chat_template_kwargs is None
+                    or (
+                        isinstance(self.chat_template_kwargs, dict)
+                        and all(isinstance(name, str) for name in self.chat_template_kwargs)
+                    ),
+                    "a mapping from names to values",
+                ),
                 "critic": (
                     self.critic in ("auto", "prefix", "value_head", "none"),
                     "'auto', 'prefix', 'value_head' or 'none'",
+                ),
+                "truncated_penalty": (
+                    _number(self.truncated_penalty, least=0),
+                    "a number of at least 0",
                 ),
                 "on_bad_reward": (self.on_bad_reward in ("error", "skip"), "'error' or 'skip'"),
                 "reward_weights": (

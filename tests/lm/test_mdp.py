@@ -1,17 +1,21 @@
 """The token MDP: rollout against its step-by-step definition, ends, padding, and the sampler."""
 
+import importlib
 import math
+from contextlib import suppress
 from itertools import chain
 
 import pytest
 import tiny
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trpo_lm.core.divergences import token_logprobs
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.mdp import end_token_ids, ignored_sampling
 from trpo_lm.lm.prompts import encode_prompt
+from trpo_lm.lm.rewards import scores_prefixes
 from trpo_lm.lm.rollout import Batch
 
 CHAT = (
@@ -61,7 +65,8 @@ def test_rollout_is_the_iterated_step(policy, seed):
             assert (terminated or truncated) == last
         assert truncated == bool(rollout.truncated[i]) and terminated != truncated
         assert state.completion_ids == tuple(actions)
-        assert rollout.completions[i] == mdp.text(actions)
+        before = mdp.before(state.prompt, state.prompt_ids)
+        assert rollout.completions[i] == mdp.text(actions, before)
 
 
 def test_rewards_per_token_stand_where_they_belong_and_step_pays_their_sum(policy):
@@ -359,3 +364,211 @@ def test_K02_what_the_model_ships_and_training_ignores_is_told():
     assert ignored_sampling(policy.base) == {}
     policy.base.generation_config.update(top_k=5, top_p=0.5, repetition_penalty=1.3)
     assert ignored_sampling(policy.base) == {"top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3}
+
+
+# ---- texts ----
+
+CORPUS = [
+    "the cat sat on the mat .",
+    "a dog saw the cat",
+    "don ' t see \u20ac 5 \U0001f600",
+    "the\n dog",
+]
+
+
+def decoder(kind):
+    """A small tokenizer whose decoder treats the space at the beginning in its own way."""
+    llama = [
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]  # fmt: skip
+    pre, back = {
+        "byte_level": (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+        "metaspace": (pre_tokenizers.Metaspace(), decoders.Metaspace()),
+        "metaspace_first": (
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            decoders.Metaspace(prepend_scheme="first"),
+        ),
+        "llama": (pre_tokenizers.Metaspace(), decoders.Sequence(llama)),
+        "word_piece": (pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(cleanup=False)),
+        "none": (pre_tokenizers.WhitespaceSplit(), None),
+    }[kind]
+    model, trainer = models.BPE(unk_token="<unk>"), trainers.BpeTrainer
+    if kind in ("word_piece", "none"):
+        model, trainer = models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer  # type: ignore
+    core = Tokenizer(model)
+    core.pre_tokenizer = pre
+    if back is not None:
+        core.decoder = back
+    core.train_from_iterator(
+        CORPUS, trainer(vocab_size=90, special_tokens=["<pad>", "<bos>", "<eos>", "<unk>"])
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        unk_token="<unk>",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["byte_level", "metaspace", "metaspace_first", "llama", "word_piece", "none"]
+)
+def test_B04_prompt_and_completion_are_the_text_of_all_tokens(kind):
+    """For rewards, for every prefix, and in a conversation that goes on with a message."""
+    tok, seen = decoder(kind), []
+
+    def watch(completions, prompts):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(completions)
+
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
+    )
+    prompts = ["the cat", "a dog saw the", "", "the cat sat on the mat ."]
+    prompts += [[{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat sat"}]]
+    made = tiny.mdp(watch, length=7, tok=tok, eos=[2])
+    noise = torch.Generator().manual_seed(0)
+    sampled = torch.randint(4, len(tok), (len(prompts), 7), generator=noise)
+    spaced = tok(" the dog sat", add_special_tokens=False)["input_ids"]
+    sampled[0, : len(spaced)] = torch.tensor(spaced)[:7]
+    encoded = made.encode(prompts)
+    rollout = made.scored(prompts, *made.left_pad(encoded), sampled, torch.arange(5), {})
+
+    def text(ids):
+        return tok.decode(ids, skip_special_tokens=True)
+
+    for ids, actions, completion, states in zip(
+        encoded, sampled.tolist(), rollout.completions, made.prefix_texts(rollout), strict=True
+    ):
+        assert text(ids) + completion == text([*ids, *actions])
+        for t, state in enumerate(states):
+            assert text(ids) + state == text([*ids, *actions[:t]])
+    assert seen[0] == ("the cat", rollout.completions[0])
+    assert seen[4] == (
+        prompts[4][:1],
+        [{"role": "assistant", "content": f"cat sat{rollout.completions[4]}"}],
+    )
+    if kind != "byte_level":  # the decoder alone would glue the words
+        assert rollout.completions[0].startswith(" ")
+
+
+TALK = [{"role": "user", "content": "w1 w2"}]
+
+
+def talk(policy, reward, prompts, **options):
+    tok = tiny.tokenizer(chat_template=CHAT)
+    return tiny.mdp(reward, length=4, tok=tok).rollout(policy, prompts, **options)
+
+
+def test_B38_completions_of_conversations_are_messages_as_in_trl(policy):
+    """Whole, per token, async, and prefixes; those of plain text stay strings."""
+    seen = []
+
+    def copied_from_trl(completions, answer, **kwargs):
+        seen.extend(completions)
+        contents = [completion[0]["content"] for completion in completions]
+        return [float(a in c) for c, a in zip(contents, answer, strict=True)]
+
+    async def patient(prompts, completions):
+        return [float(p[-1]["role"] == "user") + len(c[0]["content"]) * 0 for p, c in
+                zip(prompts, completions, strict=True)]  # fmt: skip
+
+    @scores_prefixes
+    def by_state(completions):
+        return [float(len(c[0]["content"].split())) for c in completions]
+
+    def by_token(completions, completion_ids):
+        return [[float(c[0]["role"] == "assistant")] * len(ids) for c, ids in
+                zip(completions, completion_ids, strict=True)]  # fmt: skip
+
+    for reward in (copied_from_trl, patient, by_token, by_state):
+        rollout = talk(policy, reward, [TALK, TALK], columns={"answer": ["w", "w"]})
+        assert rollout.scores.valid.all() and all(isinstance(c, str) for c in rollout.completions)
+    assert [list(c[0]) for c in seen] == [["role", "content"]] * 2
+    tok = tiny.tokenizer(chat_template=CHAT)
+    made = tiny.mdp(by_state, length=4, tok=tok)
+    scores = made.prefix_scores(made.rollout(policy, [TALK] * 3))
+    assert scores[:, 0].tolist() == [0.0] * 3 and (scores.max(-1).values >= 1).any()
+    plain = []
+    tiny.mdp(lambda completions: plain.extend(completions) or [0.0] * 4).rollout(
+        policy, tiny.PROMPTS
+    )
+    assert all(isinstance(c, str) for c in plain)
+
+
+def test_B38_the_rewards_of_trl_run_unchanged(policy):
+    rewards = pytest.importorskip("trl.rewards")
+    functions = [
+        rewards.think_format_reward,
+        rewards.get_soft_overlong_punishment(4, 2),
+        rewards.get_repetition_penalty_reward(2),
+    ]
+    with suppress(ImportError):
+        importlib.import_module("math_verify")
+        functions += [rewards.accuracy_reward, rewards.reasoning_accuracy_reward]
+        functions += [rewards.get_cosine_scaled_reward(4)]
+    rollout = talk(policy, functions, [TALK] * 4, columns={"solution": ["$1$"] * 4})
+    assert len(rollout.scores.columns) == len(functions) and rollout.scores.valid.all()
+
+
+def test_B10_an_answer_that_was_begun_is_continued(policy):
+    begun = [*TALK, {"role": "assistant", "content": "w3 w4"}]
+    ids = encode_prompt(tiny.tokenizer(chat_template=CHAT), begun)
+    assert ids[-2:] == [7, 8] and tiny.EOS not in ids  # w3 w4, and no new turn
+    seen = []
+
+    def whole(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    rollout = talk(policy, whole, [begun])
+    ((prompt, completion),) = seen
+    assert prompt == TALK
+    assert completion == [{"role": "assistant", "content": f"w3 w4{rollout.completions[0]}"}]
+
+
+OPTIONS = (
+    "{% if tools %}{{ tools[0]['function']['name'] }} {% endif %}"
+    "{% if loud is defined and loud %}w7 {% endif %}"
+    "{% for m in messages %}{{ m.content }} {% endfor %}"
+)
+
+
+def test_B15_tools_and_template_arguments_of_settings_and_rows_reach_the_template(policy):
+    tok = tiny.tokenizer(chat_template=OPTIONS)
+    made = tiny.mdp(tok=tok, length=2, template_arguments={"loud": True})
+    tools = [[{"type": "function", "function": {"name": "w5", "other": None}}], None, None]
+    columns = {"tools": tools, "chat_template_kwargs": [None, {"loud": False}, '{"loud": true}']}
+    texts = [tok.decode(ids) for ids in made.encode([TALK] * 3, columns)]
+    assert texts == ["w5 w7 w1 w2", "w1 w2", "w7 w1 w2"]
+    rollout = tiny.mdp(lambda completions: [0.0] * 3, tok=tok, length=2).rollout(
+        policy, [TALK] * 3, columns=columns
+    )
+    real = rollout.attention_mask[:, :-2].sum(-1).tolist()
+    assert real == [3, 2, 3]
+    with pytest.raises(TrpoLMError, match=r"'tools' holds 7, not a list .*row 0"):
+        made.encode([TALK], {"tools": [7]})
+    with pytest.raises(TrpoLMError, match=r"holds no JSON.*row 0"):
+        made.encode([TALK], {"chat_template_kwargs": ["{"]})
+
+
+def test_T14_one_bos_whoever_writes_it():
+    twice = tiny.tokenizer(
+        chat_template="{{ bos_token }} {{ bos_token }} {{ messages[0]['content'] }}"
+    )
+    for tok, prompt in ((twice, TALK), (tiny.tokenizer(), "<bos> w1 w2")):
+        assert encode_prompt(tok, prompt).count(tiny.BOS) == 1
+
+
+@pytest.mark.parametrize("ending", ["<bos> $A <eos>", "$A <eos>", "<bos> $A <eos> <eos>"])
+def test_B06_an_end_token_that_the_tokenizer_appends_is_taken_off(ending):
+    tok = tiny.tokenizer()
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=ending, special_tokens=[("<bos>", tiny.BOS), ("<eos>", tiny.EOS)]
+    )
+    front = [tiny.BOS] * ending.startswith("<bos>")
+    assert encode_prompt(tok, "w1 w2") == [*front, 5, 6]
+    assert encode_prompt(tok, "") == [tiny.BOS]
+    assert encode_prompt(tok, "w1 <eos>") == [*front, 5, tiny.EOS]  # the text's own stays

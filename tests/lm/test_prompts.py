@@ -1,14 +1,27 @@
 """Prompts from everywhere, and what is refused: cases T01, T02, T03, T13."""
 
+import itertools
 import json
 
 import datasets
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import trpo_lm.lm.prompts
+from trpo_lm.config import DatasetSettings
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.lm.prompts import Prompts, check_prompts, load_both, load_prompts
+from trpo_lm.lm.prompts import (
+    Prompts,
+    check_prompts,
+    encode_prompt,
+    load_both,
+    load_from_settings,
+    load_prompts,
+)
+from trpo_lm.training.artifacts import save_prompts
 
 TALK = [{"role": "user", "content": "w1 w2"}]
 ROWS = [{"prompt": "a b", "label": 1}, {"prompt": "c", "label": 0}]
@@ -204,3 +217,244 @@ def test_held_out_prompts_are_the_file_named_or_the_last_rows(tmp_path):
     (tmp_path / "own.csv").write_text("q\nx\ny\n")
     train, held_out = load_both(rows, tmp_path / "own.csv", column="q", split_off=2)
     assert train.prompts == rows and held_out.prompts == ["x", "y"]
+
+
+# ---------------------------------------------------------------- tables, streams and messages
+
+
+def tables():
+    pandas = pytest.importorskip("pandas")
+    pyarrow = pytest.importorskip("pyarrow")
+    yield pandas.DataFrame(ROWS)
+    yield pandas.DataFrame(ROWS, index=[7, 9])
+    yield pyarrow.Table.from_pylist(ROWS)
+    yield datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+    yield (row for row in ROWS)
+
+
+def test_B05_tables_are_read_as_rows():
+    for table in tables():
+        loaded = load_prompts(table)
+        assert loaded.prompts == ["a b", "c"] and loaded.columns == {"label": [1, 0]}
+    pandas = pytest.importorskip("pandas")
+    assert load_prompts(pandas.Series(["a", "b"])).prompts == ["a", "b"]
+    talks = pandas.DataFrame({"prompt": [TALK, TALK], "x": [1.5, None]})
+    assert load_prompts(talks) == Prompts([TALK, TALK], {"x": [1.5, None]})
+
+    class Names(dict):
+        pass
+
+    class Frame:
+        columns = ("prompt", "answer")
+
+        def __iter__(self):
+            return iter(self.columns)
+
+    for source in (Names(prompt=["a"]), Frame(), {"prompt": ["a"]}.keys):
+        with pytest.raises(TrpoLMError, match="cannot read prompts from"):
+            load_prompts(source)
+
+
+@pytest.mark.parametrize("content", [None, 3, [{"type": "image", "url": "x"}], [None], ["a", 3]])
+def test_B11_a_message_is_text_or_parts_of_text(content):
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    for source in (parts, ["a ", "b"]):
+        assert load_prompts([[{"role": "user", "content": source}]]).prompts == [
+            [{"role": "user", "content": "a b"}]
+        ]
+    bad = [*TALK, {"role": "user", "content": content}]
+    with pytest.raises(TrpoLMError, match=r"row 1 has a 'user' message with the content") as info:
+        load_prompts([TALK, bad])
+    assert "column 'prompt'" in str(info.value)
+
+
+def test_messages_lose_the_keys_that_arrow_put_there_and_an_empty_beginning():
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    rows = [{"prompt": [*TALK, called, *TALK]}, {"prompt": TALK}]
+    loaded = load_prompts(Dataset.from_list(rows))
+    assert loaded.prompts == [[*TALK, {**called, "content": ""}, *TALK], TALK]
+    assert load_prompts([[*TALK, {"role": "assistant", "content": " "}]]).prompts == [TALK]
+
+
+def test_B13_a_column_called_prompt_beside_the_prompt_column(tmp_path):
+    loaded = load_prompts([{"text": "a", "prompt": 3, "x": 1}], column="text")
+    assert loaded == Prompts(["a"], {"x": [1]})
+    save_prompts(tmp_path / "held_out.jsonl", Prompts(["a"], {"x": [1], "prompt": [3]}))
+    assert load_prompts(tmp_path / "held_out.jsonl").prompts == ["a"]
+
+
+def test_B32_a_source_without_an_end_is_refused_and_a_stated_number_read():
+    def endless():
+        yield from ({"prompt": f"w{i}"} for i in itertools.count())
+
+    for source in (endless, lambda: datasets.IterableDataset.from_generator(endless)):
+        assert load_prompts(source(), rows=3).prompts == ["w0", "w1", "w2"]
+    streamed = datasets.IterableDataset.from_generator(lambda: ({"prompt": "a"} for _ in range(9)))
+    assert len(load_prompts(streamed)) == 9
+    for source, line in (
+        (endless(), r"itertools.islice\(source, 10_000\)"),
+        (iter(endless()), "islice"),
+        (("w" for _ in itertools.count()), "islice"),
+    ):
+        with pytest.raises(TrpoLMError, match=f"without a length, and it did not end(.|\n)*{line}"):
+            load_prompts(source)
+
+    def breaks():
+        yield "a"
+        raise OSError("lost")
+
+    with pytest.raises(TrpoLMError, match="cannot be read: OSError: lost"):
+        load_prompts(breaks())
+
+
+def test_B32_a_stream_names_its_own_line(monkeypatch):
+    monkeypatch.setattr(trpo_lm.lm.prompts, "_MOST_UNCOUNTED", 5)
+    streamed = datasets.IterableDataset.from_generator(lambda: ({"prompt": "a"} for _ in range(9)))
+    with pytest.raises(TrpoLMError, match=r"dataset.take\(10_000\)"):
+        load_prompts(streamed)
+
+
+@pytest.mark.parametrize("source", [ROWS, Dataset.from_list(ROWS), Prompts(["a b", "c"], {})])
+def test_the_first_rows(source):
+    assert load_prompts(source, rows=1).prompts == ["a b"]
+    assert len(load_prompts(source, rows=9)) == 2
+
+
+def test_B41_endings_of_files_in_capitals_and_tabs(tmp_path):
+    table = "prompt\tlabel\na, b\t1\n"
+    for name, text in {
+        "p.tsv": table, "P.TSV": table, "P.JSONL": lines([{"prompt": "a, b", "label": 1}]),
+        "P.Csv": 'prompt,label\n"a, b",1\n', "p.JSON": '[{"prompt": "a, b", "label": 1}]',
+    }.items():  # fmt: skip
+        assert load_prompts(written(tmp_path, name, text)) == Prompts(["a, b"], {"label": [1]})
+    assert load_prompts(written(tmp_path, "p.TXT", "a, b\n")).prompts == ["a, b"]
+
+
+# ---------------------------------------------------------------- what cannot be encoded
+
+
+REFUSALS = {
+    "a role": "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+    "an attribute": "{{ messages[0].content.parts[0].text + 3 }}",
+    "syntax": "{% for %}",
+}
+
+
+@pytest.mark.parametrize("template", REFUSALS.values(), ids=REFUSALS)
+def test_B31_a_template_that_refuses_a_row_is_an_error_with_the_row(template):
+    talk = [{"role": "system", "content": "w1"}, *TALK]
+    with pytest.raises(TrpoLMError, match=r"template refuses the conversation.*row 0"):
+        check([talk], chat_template=template)
+
+
+def test_B31_a_tokenizer_that_refuses_a_row_is_an_error_with_the_row(monkeypatch):
+    tok = tiny.tokenizer()
+
+    def refuse(self, text, **options):
+        if "w2" in text:
+            raise UnicodeEncodeError("utf-8", text, 0, 1, "surrogates not allowed")
+        return {"input_ids": [4]}
+
+    monkeypatch.setattr(type(tok), "__call__", refuse)
+    with pytest.raises(TrpoLMError, match=r"cannot encode the text: UnicodeEncodeError.*row 1"):
+        check_prompts(load_prompts(["w1", "w2"]), tok, room=6, truncate="error")
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_B07_truncation_keeps_a_suffix_of_the_tokens(bos):
+    text = "w0 w1 w2 <eos> w3 <pad> w4 <eos> w5"
+    tok = tiny.tokenizer(bos=bos)
+    ids = encode_prompt(tok, text)
+    for room in range(2, len(ids)):
+        (cut,) = check([text], room=room, truncate="left", bos=bos)[0].prompts
+        kept = encode_prompt(tok, cut)
+        assert kept[bos:] == ids[len(ids) - room + bos :] and len(kept) == room
+
+
+def test_B07_a_text_whose_end_has_other_tokens_loses_more_or_is_refused():
+    """A word of two tokens is not cut in the middle, where its end alone is another token."""
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "\u2581", "a", "b", "c"])}
+    vocabulary |= {"\u2581a": 5, "\u2581c": 6}
+    merges = [("\u2581", "a"), ("\u2581", "c")]
+    core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    cut, _ = check_prompts(load_prompts(["c abb c c"]), tok, room=4, truncate="left")
+    assert cut.prompts == ["c c"]
+    with pytest.raises(TrpoLMError, match=r"no end of its text has the same tokens.*row 0"):
+        check_prompts(load_prompts(["c abb"]), tok, room=2, truncate="left")
+
+
+# ---------------------------------------------------------------- datasets by name
+
+SUMS = [{"question": f"{i} + 1?", "answer": f"so #### {i + 1}"} for i in range(30)]
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A folder of the shape of openai/gsm8k: two configurations, two splits each."""
+    card = ["---", "configs:"]
+    for name in ("main", "socratic"):
+        (tmp_path / "sums" / name).mkdir(parents=True)
+        card += [f"- config_name: {name}", "  data_files:"]
+        for split, rows in (("train", SUMS), ("test", SUMS[:3])):
+            path = f"{name}/{split}.parquet"
+            Dataset.from_list(rows).to_parquet(tmp_path / "sums" / path)
+            card += [f"  - split: {split}", f"    path: {path}"]
+    (tmp_path / "sums" / "README.md").write_text("\n".join([*card, "---", ""]))
+    return str(tmp_path / "sums")
+
+
+def test_a_dataset_with_configurations_and_columns_of_its_own(named):
+    settings = DatasetSettings(
+        named, dataset_config="main", eval_split="test", prompt_template="Q: {question} {{}}"
+    )
+    train, held_out = load_from_settings(settings, None, split_off=2)
+    assert (len(train), len(held_out)) == (30, 3) and train.asked
+    assert train.prompts[0] == "Q: 0 + 1? {}" and train.columns["answer"][0] == "so #### 1"
+    some = load_prompts(named, name="socratic", split="test", rows=2, column="question")
+    assert some == Prompts(["0 + 1?", "1 + 1?"], {"answer": ["so #### 1", "so #### 2"]})
+    sliced = load_prompts(named, name="main", split="train[:5]", column="question")
+    assert len(sliced) == 5
+
+
+def test_what_is_wrong_with_a_dataset_by_name_is_said(named):
+    for options, message in (
+        ({}, r"Config name is missing(.|\n)*main(.|\n)*dataset_config"),
+        ({"name": "other"}, "other"),
+        ({"name": "main", "split": "dev"}, r"dev(.|\n)*dataset_split"),
+        ({"name": "main"}, r"no column 'prompt'.*question(.|\n)*prompt_template"),
+        ({"name": "main", "template": "{quest}"}, r"names quest; the columns are \['question'"),
+        ({"name": "main", "template": "no column"}, "names no column"),
+        ({"name": "main", "template": "{question"}, "cannot be read"),
+        ({"name": "main", "column": "question", "answer_column": "x"}, "no column 'x'"),
+        ({"name": "main", "rows": 0}, "rows = 0 must be at least 1"),
+    ):
+        with pytest.raises(TrpoLMError, match=message):
+            load_prompts(named, **options)
+
+
+def test_a_template_makes_a_users_message_where_there_is_a_chat_template():
+    rows = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    loaded = load_prompts(rows, template="w{a}", answer_column="b")
+    assert loaded == Prompts(["w1", "w2"], {"answer": ["x", "y"], "a": [1, 2]}, asked=True)
+    assert check_prompts(loaded, tiny.tokenizer(), room=None, truncate="error")[0].prompts == [
+        "w1", "w2",
+    ]  # fmt: skip
+    chat = tiny.tokenizer(chat_template="{{ messages[0]['content'] }}")
+    fitted, _ = check_prompts(loaded, chat, room=None, truncate="error")
+    assert fitted.prompts[1] == [{"role": "user", "content": "w2"}] and not fitted.asked
+    assert load_prompts(loaded) == loaded and loaded.split_off(1)[1].asked
+
+
+def test_a_function_makes_prompts_and_columns():
+    def make(row):
+        return {"prompt": [{"role": "user", "content": row["q"]}], "answer": row["n"] + 1}
+
+    loaded = load_prompts([{"q": "w1", "n": 1}], template=make)
+    assert loaded.prompts == [[{"role": "user", "content": "w1"}]]
+    assert loaded.columns == {"q": ["w1"], "n": [1], "answer": [2]}
+    with pytest.raises(TrpoLMError, match="template failed on row 0: KeyError: 'x'"):
+        load_prompts([{"q": "w1"}], template=lambda row: row["x"])
+    with pytest.raises(TrpoLMError, match="row 0 holds 3"):
+        load_prompts([{"q": "w1"}], template=lambda row: 3)

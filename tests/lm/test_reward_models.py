@@ -323,3 +323,40 @@ def test_causality_is_found_by_experiment():
     ):
         assert scores == pytest.approx(reward([p] * len(texts), texts), abs=1e-5)
     assert not model.score._forward_hooks
+
+
+# ---- conversations
+
+
+def test_B10_reward_models_score_the_answer_that_was_begun_as_one_message():
+    reward = RewardModel(make_model(), make_tokenizer(template=TEMPLATE))
+    talk = [{"role": "user", "content": "w1"}]
+    begun = [*talk, {"role": "assistant", "content": "w2"}]
+    whole = reward([talk], ["w2 w3"])
+    assert reward([begun], [" w3"]) == whole
+    assert Rewards(reward)([begun], [" w3"], IDS[:1], {}).score.tolist() == whole
+    states = reward.score_prefixes([talk], ["w2 w3"], [["w2", "w2 w3"]])
+    assert Rewards(reward).score_prefixes([begun], [" w3"], [["", " w3"]]) == states
+
+
+def test_B31_a_conversation_that_the_template_of_a_reward_model_refuses_is_named_at_the_start():
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    talk = [{"role": "user", "content": "w1"}]
+    system = [{"role": "system", "content": "w1"}, *talk]
+    with pytest.raises(TrpoLMError, match=r"no system.*row 1"):
+        reward = RewardModel(make_model(), make_tokenizer(template=refuse))
+        Rewards(reward).check_prompts([talk, system], {})
+    with pytest.raises(TrpoLMError, match=r"has no chat template.*row 0"):
+        Rewards(RewardModel(make_model(), make_tokenizer())).check_prompts([talk], {})
+
+
+def test_B15_tools_of_a_row_reach_the_template_of_a_reward_model():
+    template = "{% if tools %}w5 {% endif %}" + TEMPLATE
+    reward = RewardModel(make_model(), make_tokenizer(template=template))
+    talk = [{"role": "user", "content": "w1"}]
+    tools = {"tools": [[{"name": "f"}], None]}
+    batch = Rewards(reward)([talk] * 2, ["w2"] * 2, IDS[:2], tools).score.tolist()
+    assert batch[0] != batch[1]
+    assert batch[1] == pytest.approx(reward([talk], ["w2"])[0], abs=1e-6)
+    states = Rewards(reward).score_prefixes([talk] * 2, ["w2"] * 2, [["w2"]] * 2, tools)
+    assert [row[0] for row in states] == pytest.approx(batch, abs=1e-5)

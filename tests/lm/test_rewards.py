@@ -2,16 +2,34 @@
 
 import asyncio
 import functools
+import json
 import math
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from worker_rewards import (
+    Flaky,
+    chat_in_worker,
+    chunks_only,
+    hang,
+    hangs_on_w8,
+    own_pid,
+    slow,
+    worker_exits,
+    worker_kit,
+    worker_raises,
+)
 
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.lm.rewards import KEYWORDS, Rewards, load_reward, scores_prefixes
@@ -251,11 +269,6 @@ class Judge:
         return [self.bonus] * len(completions)
 
 
-async def slow(completions):
-    await asyncio.sleep(0.1)
-    return length(completions)
-
-
 def meeting(count):
     """Return an async function that answers once `count` calls of it are under way at once."""
     waiting = []
@@ -324,25 +337,6 @@ def test_R11_bad_weights_are_refused(weights):
 # ---- time limits ----
 
 
-def hang(completions):
-    os.system("sleep 600 &")  # what a function leaves behind is killed with it
-    while True:
-        pass
-
-
-def worker_kit(completions, log_metric, answer):
-    log_metric("pid", os.getpid())
-    return torch.tensor([float(a) for a in answer]) + 1
-
-
-def worker_raises(completions):
-    raise KeyError("lost")
-
-
-def worker_exits(completions):
-    os._exit(7)
-
-
 def living(group):
     """Processes of a group that are more than an unreaped entry in the table."""
     processes = []
@@ -360,17 +354,107 @@ def test_R07_a_function_that_cannot_be_sent_is_refused_at_construction():
 
 
 @pytest.mark.slow
-def test_R07_a_function_that_hangs_is_killed_and_nothing_stays():
-    with Rewards([hang, slow], timeout=2) as rewards:
-        workers = [worker.process.pid for worker in rewards._workers.values()]
-        for worker in rewards._workers.values():
-            worker.pipe.poll(60)  # both have imported torch
-        start = time.perf_counter()
-        with pytest.raises(RunFault, match="reward 'hang' took more than 2 s and was stopped"):
+def test_R07_a_function_that_always_hangs_ends_the_run_and_nothing_stays():
+    with Rewards(hang, timeout=1) as rewards:
+        workers = [w.process.pid for pool in rewards._workers.values() for w in pool.idle]
+        with pytest.raises(RunFault, match=r"'hang' took more than 1 s .* each of 3 completions"):
             rewards(PROMPTS, COMPLETIONS, IDS, {})
-        assert 2 <= time.perf_counter() - start < 5
         assert multiprocessing.active_children() == []
         assert not any(living(pid) for pid in workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_R07_a_sample_that_hangs_abstains_and_is_counted(workers):
+    with Rewards(hangs_on_w8, timeout=1, workers=workers) as rewards:
+        first = [w.process.pid for w in rewards._workers[0].idle]
+        for _ in range(2):
+            batch = rewards(PROMPTS, COMPLETIONS, IDS, {"answer": [1, 2, 3, 4]})
+            assert batch.valid.tolist() == [True, False, True, True]
+            assert batch.columns["hangs_on_w8"] == [4.0, None, 12.0, 4.0]
+            assert batch.logged == {"rewards/timed_out": 1.0}
+        assert sum(not living(pid) for pid in first) >= 1
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_several_workers_share_the_completions():
+    with Rewards(own_pid, timeout=60, workers=3) as rewards:
+        batch = rewards(PROMPTS, COMPLETIONS, IDS, {})
+        assert len(set(batch.columns["own_pid"])) == 2  # 4 completions, 2 each
+        assert batch.logged["calls"] == 2.0
+    with pytest.raises(RunFault, match=r"returned \[1.0\] for 2 completions"):
+        score(chunks_only, timeout=60, workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_function_that_fails_now_and_then_is_tried_again(tmp_path, dies):
+    for failures, retries in ((2, 2), (2, 1)):
+        flaky = Flaky(tmp_path / f"{retries}", failures, dies)
+        with Rewards(flaky, timeout=60, retries=retries) as rewards:
+            if retries < failures:
+                with pytest.raises(RunFault, match="exit code 7" if dies else "ZeroDivisionError"):
+                    rewards(PROMPTS, COMPLETIONS, IDS, {})
+            else:
+                assert rewards(PROMPTS, COMPLETIONS, IDS, {}).valid.all()
+
+
+@pytest.mark.slow
+def test_B38_messages_reach_functions_in_workers():
+    talk = [{"role": "user", "content": "hi"}]
+    batch = score(chat_in_worker, prompts=[talk] * 4, timeout=60, workers=2)
+    assert batch.score.tolist() == [float(len(c)) for c in COMPLETIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["hang", "nap"])
+def test_B57_a_worker_and_all_it_started_die_with_a_parent_that_is_killed(work):
+    """Whether the worker computes or sleeps, and holds the interpreter or not."""
+    code = (
+        "import sys; sys.path[:0] = ['tests']\n"
+        "import worker_rewards as w\n"
+        "from trpo_lm.lm.reward_workers import Pool\n"
+        f"pool = Pool(w.{work}, 'f', count=1, seconds=600, retries=0)\n"
+        "print(pool.idle[0].process.pid, flush=True)\n"
+        "pool.run({'completions': ['a']}, 1)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    try:
+        until(lambda: len(living(worker)) >= 2)  # it has started a process of its own
+        parent.kill()
+        until(lambda: not living(worker))
+    finally:
+        parent.kill()
+        parent.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(worker, signal.SIGKILL)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_truncated_completions_are_masked_or_penalised_and_counted():
+    cut = [True, False, False, True]
+
+    def both(completions):
+        return [[1.0], [0.5, 0.5], 2.0, 4.0]
+
+    for options, valid, scores in (
+        ({}, [True] * 4, [1.0, 1.0, 2.0, 4.0]),
+        ({"truncated_penalty": 3.0}, [True] * 4, [-2.0, 1.0, 2.0, 1.0]),
+        ({"mask_truncated": True}, [False, True, True, False], [1.0, 2.0]),
+    ):
+        batch = Rewards(both, **options)(PROMPTS, COMPLETIONS, IDS, {}, truncated=cut)
+        assert batch.valid.tolist() == valid and batch.score[batch.valid].tolist() == scores
+        paid = batch.terminal + torch.tensor([sum(row) for row in batch.token_rewards])
+        assert paid.tolist() == batch.score.nan_to_num(0.0).tolist()
+        assert batch.logged == ({"rewards/truncated": 2.0} if options else {})
 
 
 @pytest.mark.slow
@@ -463,3 +547,94 @@ def test_S08_module_and_callable_name_a_function_to_import(tmp_path, monkeypatch
     }.items():  # fmt: skip
         with pytest.raises(TrpoLMError, match=message):
             load_reward(wrong)
+
+
+# ---- arguments and results
+
+
+def test_B12_a_function_that_changes_its_arguments_changes_nothing_else():
+    talk = [{"role": "user", "content": "hi"}]
+    prompts, ids = [talk, talk], [[7], [8, 9]]
+    columns = {
+        "tests": [["a"], ["b"]],
+        "facts": [{"x": [1]}, {"x": [2]}],
+        "array": [np.ones(2)] * 2,
+    }
+    before = json.dumps([prompts, ids, columns], default=np.ndarray.tolist)
+
+    def vandal(prompts, completions, completion_ids, tests, facts, array):
+        assert prompts == [talk, talk] and prompts[0] is not prompts[1]
+        for p, c, i, t, f, a in zip(
+            prompts, completions, completion_ids, tests, facts, array, strict=True
+        ):
+            p.pop(), c.clear(), i.append(3), t.append("z"), f["x"].clear(), a.fill(0)
+        prompts.clear()
+        return [0.0, 0.0]
+
+    def reads(completions, tests):
+        assert tests == [["a"], ["b"]]
+        return [float(len(c[0]["content"])) for c in completions]
+
+    batch = score([vandal, reads], columns, prompts, [" w7", " w8 w9"], ids)
+    assert batch.columns["reads"] == [3.0, 6.0]
+    assert json.dumps([prompts, ids, columns], default=np.ndarray.tolist) == before
+
+
+NUMBERS = [Decimal("0.5"), Fraction(1, 2), np.float16(0.5), torch.tensor(0.5), np.array(0.5), 0.5]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: type(n).__name__)
+def test_B63_numbers_of_every_kind_are_rewards(number):
+    assert score(constant(number)).score.tolist() == [0.5] * 4
+    batch = score(lambda completion_ids: [[number] * len(ids) for ids in completion_ids])
+    assert batch.score.tolist() == [0.5, 1.0, 1.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(4, device="meta"), "reward 'f' raised"),
+        ([1j] * 4, "which is not a number, for sample 0"),
+        ([[[1.0]]] * 4, "which is not a number, for sample 0"),
+        ([torch.zeros(2, 2)] * 4, "for sample 0"),
+    ],
+)
+def test_B63_what_is_no_number_is_refused_with_its_sample(result, message):
+    def f(completions):
+        return result
+
+    with pytest.raises(RunFault, match=message):
+        score(f)
+    sparse = torch.tensor([0.0, 1.0, 0.0, 2.0]).to_sparse()
+    assert score(lambda completions: sparse).score.tolist() == [0.0, 1.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "value", [1e308, -1e160, 10**400, Decimal("1e200"), [1e150]], ids=lambda v: type(v).__name__
+)
+def test_B56_finite_means_finite_through_sums_and_squares(value):
+    def f(completions):
+        return [0.0, value if not isinstance(value, list) else value * 2, 0.0, 0.0]
+
+    with pytest.raises(RunFault, match=r"reward 'f' returned .* for sample 1 \(prompt 'w3'\)"):
+        score(f)
+    with pytest.raises(RunFault, match=r"reward 'g' returned 1e\+60, which.* for sample 0"):
+
+        def g(completions):  # fmt: skip
+            return [1e60] * 4
+
+        score(g, reward_weights=[1e60])
+    big = score(lambda completions: [1e90, 2e90, 0.0, 0.0]).score
+    assert math.isfinite(big.sum()) and math.isfinite(big.square().sum())
+
+
+def test_B15_columns_that_reach_nothing_are_known():
+    def named(completions, answer):
+        return [0.0] * 4
+
+    def anything(completions, **kwargs):
+        return [0.0] * 4
+
+    names = ["answer", "images", "completions", "tools"]
+    assert [Rewards(named).reads(n) for n in names] == [True, False, False, False]
+    assert [Rewards([named, anything]).reads(n) for n in names] == [True, True, False, True]

@@ -87,3 +87,17 @@ def test_the_settings_of_a_run_in_the_order_of_its_file(tmp_path):
     ]  # fmt: skip
     assert settings["adapter"]["r"] == 1 and settings["reward_models"] == [None]
     assert settings["max_kl"] == made.algorithm.max_kl and settings["updates"] == 1
+
+
+def test_B15_template_arguments_are_used_or_answered_and_unused_columns_named():
+    made, args = parts(chat_template_kwargs={"loud": True})
+    made.tokenizer.chat_template = (
+        "{% if loud is defined %}w7 {% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    talk, notes = [{"role": "user", "content": "w1"}], []
+    columns = {"tools": [None], "images": ["x"], "completions": [1]}
+    fit_data(Data(Prompts([talk], columns)), made, args, notes.append)
+    assert notes == ["columns of the dataset that no reward takes, not used: images, completions"]
+    assert made.mdp.encode([talk])[0][:2] == [11, 5]  # w7 w1
+    with pytest.raises(TrpoLMError, match=r"no prompt is a conversation .*chat_template_kwargs"):
+        fit_data(Data(Prompts(["w1"], {})), made, args, print)

@@ -23,7 +23,7 @@ from trpo_lm.analysis.saved_run import FinishedRun
 from trpo_lm.core.advantages import gae
 from trpo_lm.lm.prompts import Prompt
 from trpo_lm.lm.rollout import Batch, Rollout
-from trpo_lm.report.format import clean, number
+from trpo_lm.report.format import clean, conversation, number
 from trpo_lm.report.html import CSS, escape
 from trpo_lm.report.style import BLUE, GREEN, GREY, VERMILION, Table, save_figure
 from trpo_lm.storage import Row
@@ -117,16 +117,12 @@ def draw_tokens(
     stem.parent.mkdir(parents=True, exist_ok=True)
     page = Path(f"{stem}.html")
     page.write_text(_page(rows, title, prompt, note), encoding="utf-8")
-    context = clean(_prompt_text(prompt))
+    context = clean(conversation(prompt))
     context = context if len(context) < 80 else f"…{context[-79:]}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
         heading = f"{clean(title)}\nafter: {context}"
         return [page, *save_figure(stem, _draw, rows, heading)]
-
-
-def _prompt_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
 
 def _visible(token: str) -> str:
@@ -191,7 +187,7 @@ def _page(rows: Sequence[Row], title: str, prompt: Prompt, note: str) -> str:
     ]
     for name, heading, unit, colour in TRACKS:
         if rows[0][name] is not None:
-            parts.append(_track(rows, name, heading, unit, colour, _prompt_text(prompt)))
+            parts.append(_track(rows, name, heading, unit, colour, conversation(prompt)))
     parts.append("<h2>All numbers</h2><div class='wide'><table><tr>")
     parts += [f"<th{_left(name)}>{name.replace('_', ' ')}</th>" for name in COLUMNS]
     parts.append("</tr>")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from trpo_lm.comparison.results import (
     load_comparison,
     outcomes,
 )
-from trpo_lm.report.format import number
+from trpo_lm.report.format import conversation, number
 from trpo_lm.report.html import CSS, escape
 from trpo_lm.report.run_log import column
 from trpo_lm.report.statistics import bootstrap_interval, mean
@@ -235,8 +234,7 @@ def _samples(c: Comparison) -> str:
         for arm in c.featured:
             after = (arm.runs[0].result.get("samples") or [])[i : i + 1]
             rows += [[_key(arm), s["completion"], s["score"]] for s in after]
-        prompt = before["prompt"]
-        text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        text = conversation(before["prompt"])
         parts.append(
             f"<h3>{escape(text)} …</h3>" + _table(["", "completion", "score"], rows, digits=2)
         )

@@ -33,7 +33,7 @@ from trpo_lm.config import Limits, TrainerConfig, TRLSettings
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.loading import default_lora
 from trpo_lm.lm.objective import BatchObjective
-from trpo_lm.lm.prompts import Prompts, encode_prompt
+from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.rollout import Batch
 from trpo_lm.seeds import derive_seed
 from trpo_lm.storage import Row
@@ -224,7 +224,7 @@ class _Observer(TrainerCallback):
         T, pad = mdp.max_completion_length, mdp.pad_token_id
         self.rollout = mdp.scored(
             prompts,
-            *mdp.left_pad([encode_prompt(mdp.tokenizer, prompt) for prompt in prompts]),
+            *mdp.left_pad(mdp.encode(prompts, columns)),
             torch.tensor([ids + [pad] * (T - len(ids)) for ids in completion_ids]),
             torch.arange(len(prompts)) // task.args.completions_per_prompt,
             {name: columns[name] for name in task.prompts.columns},

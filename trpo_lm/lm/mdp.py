@@ -10,7 +10,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -21,11 +21,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.policy import Policy
-from trpo_lm.lm.prompts import Prompt, encode_prompt
+from trpo_lm.lm.prompts import Prompt, encode_prompts, is_prefilled
 from trpo_lm.lm.rewards import RewardBatch, Rewards
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.seeds import global_seed
 
+_BEFORE = 8  # tokens of a prompt that decide how a completion begins: a space, half a character
 GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
 
 # What transformers would otherwise inherit from the model's own generation_config: the sampler must
@@ -66,6 +67,7 @@ class TokenMDP:
         eos_token_ids: Any of them ends a completion.
         max_completion_length: Actions allowed, >= 1.
         pad_token_id: Fills unused positions; EOS when the tokenizer has no pad token.
+        template_arguments: For the chat template; a row's own win over these.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TokenMDP:
         eos_token_ids: Sequence[int],
         max_completion_length: int,
         pad_token_id: int | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
     ):
         if max_completion_length < 1:
             raise TrpoLMError("a completion needs room for a token", where="max_completion_length")
@@ -85,6 +88,7 @@ class TokenMDP:
                 hint="set tokenizer.eos_token (a token that ends a text) before training",
             )  # fmt: skip
         self.tokenizer, self.rewards = tokenizer, rewards
+        self.template_arguments = dict(template_arguments or {})
         self.eos_token_ids = sorted(set(eos_token_ids))
         self.max_completion_length = max_completion_length
         candidates = (pad_token_id, tokenizer.pad_token_id, *self.eos_token_ids)
@@ -92,7 +96,8 @@ class TokenMDP:
 
     def reset(self, prompt: Prompt, columns: dict[str, Any] | None = None) -> State:
         """Return the initial state of a prompt."""
-        return State(prompt, tuple(encode_prompt(self.tokenizer, prompt)), (), columns or {})
+        values = {name: [value] for name, value in (columns or {}).items()}
+        return State(prompt, tuple(self.encode([prompt], values)[0]), (), columns or {})
 
     def step(self, state: State, action: int) -> tuple[State, float, bool, bool]:
         """Append a token: returns the next state, the reward, terminated (EOS) and truncated.
@@ -107,13 +112,35 @@ class TokenMDP:
         if not (terminated or truncated):
             return after, 0.0, False, False
         columns = {name: [value] for name, value in (state.columns or {}).items()}
-        scores = self.rewards([state.prompt], [self.text(ids)], [list(ids)], columns)
+        text = self.text(ids, self.before(state.prompt, state.prompt_ids))
+        cut = [truncated]
+        scores = self.rewards([state.prompt], [text], [list(ids)], columns, truncated=cut)
         paid = _token_rewards(scores, torch.tensor([len(ids)]), len(ids)).sum()
         return after, float(paid), terminated, truncated
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Decode a completion for the reward functions: no special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def encode(
+        self, prompts: Sequence[Prompt], columns: Mapping[str, list] | None = None
+    ) -> list[list[int]]:
+        """Return the token ids of prompts; see `prompts.encode_prompts`."""
+        return encode_prompts(self.tokenizer, prompts, columns, self.template_arguments)
+
+    def before(self, prompt: Prompt, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """Return the tokens of a prompt that a completion goes on from; none for a new message."""
+        return prompt_ids[-_BEFORE:] if isinstance(prompt, str) or is_prefilled(prompt) else ()
+
+    def text(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+        """Decode a completion for the reward functions: no special tokens.
+
+        Args:
+            ids: Tokens of the completion.
+            before: From `before`. Some decoders drop the space at the beginning of a text, which a
+                completion is not: prompt + completion is the text of all tokens.
+        """
+        start, whole = (
+            self.tokenizer.decode(list(part), skip_special_tokens=True)
+            for part in (before, [*before, *ids])
+        )
+        return whole[len(start) :] if whole.startswith(start) else self.text(ids)
 
     def rollout(
         self,
@@ -142,7 +169,7 @@ class TokenMDP:
         order = groups.tolist()
         repeated = [prompts[i] for i in order]
         values = {k: [v[i] for i in order] for k, v in (columns or {}).items()}
-        encoded = [encode_prompt(self.tokenizer, p) for p in prompts]
+        encoded = self.encode(prompts, columns)
         ids, mask = self.left_pad([encoded[i] for i in order])
         length = ids.shape[1] + self.max_completion_length
         size = policy.room.tokens("rollout", length, len(ids) * length)
@@ -184,9 +211,12 @@ class TokenMDP:
         action_mask = torch.arange(T)[None] < lengths[:, None]
         sampled = sampled.masked_fill(~action_mask, self.pad_token_id)
         completion_ids = [row[:n].tolist() for row, n in zip(sampled, lengths, strict=True)]
-        completions = [self.text(row) for row in completion_ids]
+        before = self._before(prompts, prompt_ids, prompt_mask)
+        completions = [self.text(*row) for row in zip(completion_ids, before, strict=True)]
         start = perf_counter()
-        scores = self.rewards(prompts, completions, completion_ids, columns, trainer_state)
+        scores = self.rewards(
+            prompts, completions, completion_ids, columns, trainer_state, truncated.tolist()
+        )
         return Rollout(
             prompts=prompts,
             completions=completions,
@@ -203,7 +233,14 @@ class TokenMDP:
 
     def prefix_texts(self, rollout: Rollout) -> list[list[str]]:
         """Decode every prefix y_<t of every completion: one text for each action's state."""
-        return [[self.text(ids[:t]) for t in range(len(ids))] for ids in rollout.completion_ids]
+        P = rollout.input_ids.shape[1] - rollout.action_mask.shape[1]
+        before = self._before(
+            rollout.prompts, rollout.input_ids[:, :P], rollout.attention_mask[:, :P]
+        )
+        return [
+            [self.text(ids[:t], start) for t in range(len(ids))]
+            for ids, start in zip(rollout.completion_ids, before, strict=True)
+        ]
 
     def prefix_scores(self, rollout: Rollout) -> Tensor:
         """Return the score of the text of every state, (N, T) float64."""
@@ -212,6 +249,13 @@ class TokenMDP:
         )
         flat = [score for row in scores for score in row]
         return rollout.padded(torch.tensor(flat, dtype=torch.float64))
+
+    def _before(
+        self, prompts: Sequence[Prompt], prompt_ids: Tensor, prompt_mask: Tensor
+    ) -> list[Sequence[int]]:
+        """Return `before` of each left-padded prompt."""
+        rows = zip(prompts, prompt_ids[:, -_BEFORE:], prompt_mask[:, -_BEFORE:], strict=True)
+        return [self.before(prompt, ids[mask.bool()].tolist()) for prompt, ids, mask in rows]
 
     def left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return the ids of prompts and their mask, (N, P), padded on the left."""

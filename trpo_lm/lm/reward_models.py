@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.prompts import apply_template, as_turn, template_options
 
 _PROBE_TOKENS = 8  # length of the text that tests whether a classifier is causal
 
@@ -109,17 +110,42 @@ class RewardModel:
 
         Args:
             prompts: (N,) strings, or conversations of {"role", "content"}.
-            completions: (N,) strings, or lists of messages.
-            columns: Ignored; accepted so that a model can be called like a function.
+            completions: (N,) strings, or lists of messages. A string goes on with the last message
+                of a conversation if that is an assistant's, and else answers it.
+            columns: `tools` and `chat_template_kwargs` reach the chat template; the others are
+                accepted so that a model can be called like a function.
 
         Returns:
             (N,) scores.
         """
-        texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
-        return self._score_texts(texts, prompts)
+        pairs = enumerate(zip(prompts, completions, strict=True))
+        return self._score_texts([self._text(p, c, columns, i) for i, (p, c) in pairs], prompts)
+
+    def check_prompts(self, prompts: list, columns: dict[str, list]) -> None:
+        """Check that each conversation passes the chat template.
+
+        Args:
+            prompts: (N,), as in `__call__`.
+            columns: Of the dataset, (N,) each.
+
+        Raises:
+            TrpoLMError: Names the row that does not.
+        """
+        for i, prompt in enumerate(prompts):
+            try:
+                self._text(prompt, "text", columns, i)
+            except TrpoLMError as error:
+                raise TrpoLMError(
+                    f"{error.what} (reward model {self.__name__!r})",
+                    where=f"prompt in row {i}", hint=error.hint,
+                ) from error  # fmt: skip
 
     def score_prefixes(
-        self, prompts: list, completions: list, prefixes: list[list[str]]
+        self,
+        prompts: list,
+        completions: list,
+        prefixes: list[list[str]],
+        columns: dict[str, list] | None = None,
     ) -> list[list[float]]:
         """Score the states of N completions.
 
@@ -131,14 +157,18 @@ class RewardModel:
             prompts: (N,), as in `__call__`.
             completions: (N,), as in `__call__`.
             prefixes: prefixes[i][t] is the decoded text of the first t tokens of completion i.
+            columns: As in `__call__`.
 
         Returns:
             Scores in the shape of `prefixes`.
         """
-        texts = [[self._text(p, x) for x in row] for p, row in zip(prompts, prefixes, strict=True)]
+        more = columns or {}
+        pairs = enumerate(zip(prompts, prefixes, strict=True))
+        texts = [[self._text(p, x, more, i) for x in row] for i, (p, row) in pairs]
         scores: list[dict[int, float]] = [{} for _ in texts]
         if self.causal and texts:
-            whole = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
+            pairs = enumerate(zip(prompts, completions, strict=True))
+            whole = [self._text(p, c, more, i) for i, (p, c) in pairs]
             scores = self._score_in_one_pass(whole, texts, prompts)
         # The rest: everything for an encoder; for a causal model texts beyond its context.
         places: dict[str, list[tuple[int, int]]] = {}
@@ -184,20 +214,20 @@ class RewardModel:
         rows, _ = self._encode(texts, prompts)
         return self._score(torch.stack([pooled for pooled, _ in self._logits(rows)])).tolist()
 
-    def _text(self, prompt: Any, completion: Any) -> str:
+    def _text(self, prompt: Any, completion: Any, columns: dict[str, list], row: int) -> str:
         """Join a prompt and a completion, through the chat template for conversations."""
         if isinstance(prompt, str):
             whole = isinstance(completion, str)
             return prompt + (completion if whole else "".join(m["content"] for m in completion))
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
+        prompt, completion = as_turn(prompt, completion)
         if not self.tokenizer.chat_template:
             raise TrpoLMError(
                 f"the tokenizer of reward model {self.__name__!r} has no chat template, and the "
                 "prompts are conversations",
                 hint="set tokenizer.chat_template and pass the tokenizer as processing_class",
             )
-        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        options = template_options(columns, row)
+        return apply_template(self.tokenizer, [*prompt, *completion], open_turn=False, **options)
 
     def _encode(self, texts: list[str], prompts: list) -> tuple[list[list[int]], list[list[int]]]:
         """Tokenise, with exactly one BOS if the tokenizer has one.

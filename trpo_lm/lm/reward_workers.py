@@ -1,7 +1,9 @@
 """Run reward functions: in process, concurrently if async, or in killable workers.
 
 A function that hangs cannot be stopped from within its own process, so a function with a time limit
-runs in a worker process, which is killed when its time is up.
+runs in worker processes. One that runs out of time is killed with all that it started (pools of
+other libraries kill the worker alone), and its completions are scored again one by one: only those
+that hang by themselves go without a score. No torch here, so that a worker starts at once.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ import inspect
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
-
-from torch import Tensor
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
 
 from trpo_lm.errors import RunFault, TrpoLMError
 
-_START_SECONDS = 120  # a worker process first imports torch and the function's module
+_START_SECONDS = 120  # a worker process first imports the function's module
+_HANGS = (
+    3  # completions that hang one after the other, and none that does not: the function is broken
+)
 
 
 class RemoteFailure(Exception):
@@ -33,12 +38,13 @@ class RemoteFailure(Exception):
 class Worker:
     """A process for one function, so that a call that hangs can be killed.
 
-    Spawned, not forked: the fork of a process with torch's threads may hang.
+    Spawned, not forked: the fork of a process with torch's threads may hang. A shell that waits for
+    the end of this process kills the worker and all it started, however this process dies.
     """
 
     def __init__(self, function: Callable, name: str):
         context = multiprocessing.get_context("spawn")
-        self.name, self.seconds, self.deadline, self.ready = name, 0.0, 0.0, False
+        self.name, self.deadline, self.ready = name, 0.0, False
         self.pipe, remote_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(remote_end, function), daemon=True)
         try:
@@ -50,35 +56,30 @@ class Worker:
             ) from error
         finally:
             remote_end.close()
+        pid = self.process.pid
+        self.guard = subprocess.Popen(
+            ["sh", "-c", f"read _; kill -9 -{pid}; kill -9 {pid}"],
+            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
 
     def ask(self, keywords: dict[str, Any], seconds: float) -> None:
         """Start a call with a limit in seconds, which excludes the start of the process."""
         if not self.ready:
-            self._receive(_START_SECONDS, "did not start")
+            try:
+                if not self.pipe.poll(_START_SECONDS):
+                    raise RunFault(f"reward {self.name!r} did not start")
+                self.pipe.recv()
+            except (EOFError, OSError):
+                hint = "in a script, start training under `if __name__ == '__main__':`"
+                raise RunFault(self.lost(), hint=hint) from None
             self.ready = True
-        if "log_metric" in keywords:
-            keywords = {**keywords, "log_metric": None}
-        self.seconds, self.deadline = seconds, time.monotonic() + seconds
+        self.deadline = time.monotonic() + seconds
         self.pipe.send(keywords)
 
-    def answer(self) -> tuple[Any, dict[str, list[float]]]:
-        """Return the function's result, or its exception, and its metrics."""
-        fault = f"took more than {self.seconds:g} s and was stopped"
-        result, failure, metrics = self._receive(self.deadline - time.monotonic(), fault)
-        if failure:
-            result = RemoteFailure(failure[0])
-            result.__cause__ = RuntimeError(failure[1])
-        return result, metrics
-
-    def _receive(self, seconds: float, fault: str) -> Any:
-        hint = "in a script, start training under `if __name__ == '__main__':`"
-        try:
-            if self.pipe.poll(max(0.0, seconds)):
-                return self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(1)
-            fault = f"lost its worker process (exit code {self.process.exitcode})"
-        raise RunFault(f"reward {self.name!r} {fault}", hint=None if self.ready else hint)
+    def lost(self) -> str:
+        """Say that the process has died."""
+        self.process.join(1)
+        return f"reward {self.name!r} lost its worker process (exit code {self.process.exitcode})"
 
     def close(self) -> None:
         """Kill the process and its children."""
@@ -88,6 +89,148 @@ class Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+        self.guard.kill()
+        self.guard.communicate()
+
+
+class _Task(NamedTuple):
+    """Some completions of a call."""
+
+    rows: list[int]
+    attempts: int = 1
+
+
+class Answer(NamedTuple):
+    """What a function in workers returned.
+
+    Attributes:
+        result: Its rewards, or its exception.
+        metrics: What it passed to `log_metric`, by name.
+        timed_out: Completions that it could not score in time; their reward is None.
+    """
+
+    result: Any
+    metrics: dict[str, list[float]]
+    timed_out: int
+
+
+class Pool:
+    """The workers of one function.
+
+    Args:
+        function: Must be importable by its module.
+        name: For messages.
+        count: Processes; completions are shared between them in order.
+        seconds: Limit of one call.
+        retries: Further attempts when a call raises, or its process is lost.
+
+    Raises:
+        TrpoLMError: If the function cannot be sent to a process.
+    """
+
+    def __init__(self, function: Callable, name: str, *, count: int, seconds: float, retries: int):
+        self.function, self.name = function, name
+        self.seconds, self.retries = seconds, retries
+        self.idle: list[Worker] = []
+        self.busy: dict[Any, tuple[Worker, _Task]] = {}  # by pipe
+        try:
+            for _ in range(count):
+                self.idle.append(Worker(function, name))
+        except TrpoLMError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill all processes."""
+        for worker in [*self.idle, *(worker for worker, _ in self.busy.values())]:
+            worker.close()
+        self.idle, self.busy = [], {}
+
+    def run(self, keywords: dict[str, Any], count: int) -> Answer:
+        """Score `count` completions.
+
+        Args:
+            keywords: Arguments of the function; all but trainer_state and log_metric are lists of
+                `count` values.
+            count: Number of completions.
+
+        Raises:
+            RunFault: If a process is lost more often than may be retried, or the function hangs on
+                every completion.
+        """
+        share = -(-count // len(self.idle))
+        rows = list(range(count))
+        waiting = [_Task(rows[k : k + share]) for k in range(0, count, share)]
+        results: dict[int, Any] = {}
+        metrics: dict[str, list[float]] = {}
+        timed_out = alone = 0
+        while waiting or self.busy:
+            while waiting and self.idle:
+                worker, task = self.idle.pop(), waiting.pop(0)
+                self.busy[worker.pipe] = worker, task
+                worker.ask(_part(keywords, task.rows), self.seconds)
+            first = min(worker.deadline for worker, _ in self.busy.values())
+            wait(list(self.busy), max(0.0, first - time.monotonic()))
+            for worker, task in [*self.busy.values()]:
+                answer, lost = None, ""
+                try:
+                    answer = worker.pipe.recv() if worker.pipe.poll() else None
+                except (EOFError, OSError):
+                    lost = worker.lost()
+                if answer is None and not lost and time.monotonic() < worker.deadline:
+                    continue
+                del self.busy[worker.pipe]
+                if answer is None:
+                    worker.close()
+                    worker = Worker(self.function, self.name)
+                self.idle.append(worker)
+                if answer is None and not lost:  # out of time
+                    if len(task.rows) > 1:
+                        waiting += [_Task([row]) for row in task.rows]
+                        continue
+                    results[task.rows[0]] = None
+                    timed_out += 1
+                    if timed_out >= _HANGS and not alone:
+                        raise RunFault(
+                            f"reward {self.name!r} took more than {self.seconds:g} s and was "
+                            f"stopped, for each of {timed_out} completions alone"
+                        )
+                    continue
+                result: Any
+                result, failure, logged = answer or (None, None, {})
+                if (lost or failure) and task.attempts <= self.retries:
+                    waiting.append(_Task(task.rows, task.attempts + 1))
+                    continue
+                if lost:
+                    raise RunFault(lost)
+                if failure:
+                    exception = RemoteFailure(failure[0])
+                    exception.__cause__ = RuntimeError(failure[1])
+                    return Answer(exception, metrics, timed_out)
+                alone += len(task.rows) == 1
+                for name, values in logged.items():
+                    metrics.setdefault(name, []).extend(values)
+                if len(task.rows) == count:
+                    return Answer(result, metrics, timed_out)
+                if not _matches(result, task.rows):
+                    what = f"returned {result!r:.60} for {len(task.rows)} completions"
+                    raise RunFault(f"reward {self.name!r} {what}")
+                results |= dict(zip(task.rows, result, strict=True))
+        return Answer([results[row] for row in rows], metrics, timed_out)
+
+
+def _part(keywords: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Return the arguments for some of the completions."""
+    whole = {"trainer_state", "log_metric"}
+    part = {n: v if n in whole else [v[row] for row in rows] for n, v in keywords.items()}
+    return part | {"log_metric": None} if "log_metric" in part else part
+
+
+def _matches(result: Any, rows: list[int]) -> bool:
+    """Whether a result has one entry for each completion."""
+    return getattr(result, "ndim", 1) == 1 and hasattr(result, "__len__") and (
+        not isinstance(result, str) and len(result) == len(rows)
+    )  # fmt: skip
 
 
 def _serve(pipe: Any, function: Callable) -> None:
@@ -118,7 +261,12 @@ def call(calls: list[tuple[Callable, dict[str, Any]]]) -> list[Any]:
     waiting = [k for k, result in enumerate(results) if inspect.isawaitable(result)]
     for k, result in zip(waiting, _await_all([results[k] for k in waiting]), strict=True):
         results[k] = result
-    return [_on_host(result) for result in results]
+    for k, result in enumerate(results):
+        try:
+            results[k] = _on_host(result)
+        except Exception as error:  # a tensor without values
+            results[k] = error
+    return results
 
 
 def _await_all(awaitables: list[Any]) -> list[Any]:
@@ -137,8 +285,8 @@ def _await_all(awaitables: list[Any]) -> list[Any]:
 
 def _on_host(value: Any) -> Any:
     """Turn tensors into arrays and tuples into lists."""
-    if isinstance(value, Tensor):
-        return value.detach().double().cpu().numpy()
+    if hasattr(value, "detach"):
+        return value.detach().to_dense().double().cpu().numpy()
     return [_on_host(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

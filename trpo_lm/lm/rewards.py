@@ -1,8 +1,10 @@
 """Several reward functions and reward models as one, with every result checked.
 
-A reward function takes the keywords it names out of `KEYWORDS` and the dataset's columns and
-returns one entry for each completion: a number (paid at the last action), a list with one number
-per token (each paid at its token) or None to abstain. A reward model is a classifier with a
+A reward function takes the keywords it names out of `KEYWORDS` and the dataset's columns, copies of
+its own, and returns one entry for each completion: a number (paid at the last action), a list with
+one number per token (each paid at its token) or None to abstain. As in TRL, the completion of a
+text is text, and that of a conversation a list with one message, {"role": "assistant", "content":
+...}, which begins with what the prompt prefilled. A reward model is a classifier with a
 tokenizer of its own (`reward_models`). Both may score unfinished text, for the prefix critic.
 
 Nothing is clipped, normalised or replaced here: an unusable reward is an error that names the
@@ -11,13 +13,15 @@ function and the sample.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib import import_module
 from typing import Any
 
@@ -26,10 +30,12 @@ import torch
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, as_turn
 from trpo_lm.lm.reward_models import RewardModel
-from trpo_lm.lm.reward_workers import RemoteFailure, Worker, call, collect_metric
+from trpo_lm.lm.reward_workers import Pool, RemoteFailure, call, collect_metric
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
+_LARGEST = 1e100  # of a reward: sums of its squares are finite
 _SIGNATURE_HINT = f"a reward takes some of {', '.join(KEYWORDS)} and the dataset's columns, by name"
 
 
@@ -110,8 +116,13 @@ class Rewards:
             of models, which become a `RewardModel`.
         reward_weights: One finite weight for each function, not all zero; default 1.
         on_bad_reward: "error" if a reward is nan or infinite, or "skip" to drop its row.
-        timeout: Seconds a function (not a reward model) may take. Each function then runs in a
-            process of its own, which is killed when its time is up.
+        timeout: Seconds a call of a function (not of a reward model) may take. Each function then
+            runs in processes of its own. When its time is up it is killed, and called again with
+            each completion alone; one that takes too long even so goes without its score.
+        workers: Processes for each function with a timeout; they share the completions.
+        retries: Further attempts, with a timeout, when a call raises or its process dies.
+        mask_truncated: Leave completions that the length limit cut without a score.
+        truncated_penalty: Subtracted from the score of such a completion, at its last action.
         reward_model_options: Keywords for the reward models created here.
 
     Attributes:
@@ -130,6 +141,10 @@ class Rewards:
         *,
         on_bad_reward: str = "error",
         timeout: float | None = None,
+        workers: int = 1,
+        retries: int = 0,
+        mask_truncated: bool = False,
+        truncated_penalty: float = 0.0,
         reward_model_options: dict[str, Any] | None = None,
     ):
         many = isinstance(reward_funcs, (list, tuple))
@@ -146,6 +161,8 @@ class Rewards:
                 "for each reward function, not all zero"
             )
         self.on_bad_reward, self.timeout = on_bad_reward, timeout
+        self.workers, self.retries = workers, retries
+        self.mask_truncated, self.truncated_penalty = mask_truncated, truncated_penalty
         self.functions: list[Any] = []
         self.names: list[str] = []
         for i, function in enumerate(functions):
@@ -162,7 +179,7 @@ class Rewards:
             for f, weight in zip(self.functions, self.weights, strict=True)
             if weight
         )
-        self._workers: dict[int, Worker] = {}
+        self._workers: dict[int, Pool] = {}
         self._start_workers()
 
     def check_columns(self, column_names: Iterable[str]) -> None:
@@ -176,6 +193,21 @@ class Rewards:
                     hint=_SIGNATURE_HINT,
                 )
 
+    def check_prompts(self, prompts: list, columns: dict[str, list]) -> None:
+        """Raise `TrpoLMError` if the chat template of a reward model refuses a conversation."""
+        for function in self.functions:
+            if isinstance(function, RewardModel):
+                function.check_prompts(prompts, columns)
+
+    def reads(self, column: str) -> bool:
+        """Whether a column of the dataset reaches a function that names it or takes anything."""
+        pairs = zip(self.functions, self._signatures, strict=True)
+        return column not in KEYWORDS and any(
+            column
+            in (TEMPLATE_COLUMNS if isinstance(function, RewardModel) else accepted or [column])
+            for function, (_, accepted) in pairs
+        )
+
     def __call__(
         self,
         prompts: list,
@@ -183,25 +215,28 @@ class Rewards:
         completion_ids: list[list[int]],
         columns: dict[str, list],
         trainer_state: Any = None,
+        truncated: Sequence[bool] | None = None,
     ) -> RewardBatch:
         """Score N completions.
 
         Args:
             prompts: (N,) strings or conversations.
-            completions: (N,) strings or lists of messages.
+            completions: (N,) strings; what functions get of a conversation's is a message.
             completion_ids: (N,) token ids, without padding.
             columns: Further columns of the dataset, (N,) each.
             trainer_state: Passed to the functions that name it.
+            truncated: (N,) whether the length limit cut a completion; None: it cut none.
 
         Raises:
-            RunFault: If a function raises, takes too long, or returns something unusable.
+            RunFault: If a function raises, always takes too long, or returns something unusable.
         """
         self.check_columns(columns)
+        prompts, completions = _turns(prompts, completions)
         keywords = {
             "prompts": prompts, "completions": completions, "completion_ids": completion_ids,
             "trainer_state": trainer_state,
         }  # fmt: skip
-        results, metrics = self._run(range(len(self.functions)), {**columns, **keywords})
+        results, metrics, timed_out = self._run(range(len(self.functions)), {**columns, **keywords})
         lengths = [len(ids) for ids in completion_ids]
         values = [self._validate(k, result, prompts, lengths) for k, result in enumerate(results)]
 
@@ -211,16 +246,25 @@ class Rewards:
         sums = np.array([[_total(v) for v in row] for row in values], dtype=float)
         skipped = np.isnan(sums).any(axis=0)
         valid = present[weights != 0].any(axis=0) & ~skipped
+        cut = np.zeros(len(prompts), bool) if truncated is None else np.array(truncated, bool)
+        valid &= ~(cut & self.mask_truncated)
+        penalty = np.where(cut, self.truncated_penalty, 0.0)
         token_rewards = [np.zeros(length) for length in lengths]
         for k, i in np.argwhere(listed & valid):
             token_rewards[i] += weights[k] * np.array(values[k][i])
         logged = {name: sum(series) / len(series) for name, series in metrics.items()}
         if self.on_bad_reward == "skip":
             logged["rewards/skipped"] = float(skipped.sum())
+        if self.timeout:
+            logged["rewards/timed_out"] = float(timed_out)
+        if self.mask_truncated or self.truncated_penalty:
+            logged["rewards/truncated"] = float(cut.sum())
         return RewardBatch(
-            score=torch.from_numpy(np.where(valid, weights @ sums, math.nan)),
+            score=torch.from_numpy(np.where(valid, weights @ sums - penalty, math.nan)),
             valid=torch.from_numpy(valid),
-            terminal=torch.from_numpy(np.where(valid, weights @ np.where(listed, 0.0, sums), 0.0)),
+            terminal=torch.from_numpy(
+                np.where(valid, weights @ np.where(listed, 0.0, sums) - penalty, 0.0)
+            ),
             token_rewards=[row.tolist() for row in token_rewards] if listed.any() else None,
             columns={
                 name: [x if a and math.isfinite(x) else None for a, x in zip(*row, strict=True)]
@@ -240,7 +284,7 @@ class Rewards:
 
         Args:
             prompts: (N,) strings or conversations.
-            completions: (N,) strings or lists of messages.
+            completions: (N,) strings.
             prefixes: prefixes[i][t] is the text of the first t tokens of completion i.
             columns: Further columns of the dataset, (N,) each.
 
@@ -250,20 +294,22 @@ class Rewards:
         Raises:
             RunFault: As for whole completions.
         """
+        columns = columns or {}
         states = [(i, text) for i, row in enumerate(prefixes) for text in row]
-        inputs = {name: [column[i] for i, _ in states] for name, column in (columns or {}).items()}
-        inputs["prompts"] = [prompts[i] for i, _ in states]
-        inputs["completions"] = [
-            text if isinstance(completions[i], str) else [{"role": "assistant", "content": text}]
-            for i, text in states
-        ]
+        inputs = {name: [column[i] for i, _ in states] for name, column in columns.items()}
+        inputs["prompts"], inputs["completions"] = _turns(
+            [prompts[i] for i, _ in states], [text for _, text in states]
+        )
         weighted = [k for k, weight in enumerate(self.weights) if weight]
         plain = [k for k in weighted if not isinstance(self.functions[k], RewardModel)]
         results = dict(zip(plain, self._run(plain, inputs)[0], strict=True))
         total = np.zeros(len(states))
         for k in weighted:
             if k not in results:
-                keywords = {"prompts": prompts, "completions": completions, "prefixes": prefixes}
+                keywords = {
+                    "prompts": prompts, "completions": completions, "prefixes": prefixes,
+                    "columns": columns,
+                }  # fmt: skip
                 (rows,) = call([(self.functions[k].score_prefixes, keywords)])
                 self._raise_failure(k, rows, prompts)
                 results[k] = [score for row in rows for score in row]
@@ -284,49 +330,54 @@ class Rewards:
         self.close()
 
     def _start_workers(self) -> None:
-        """With a time limit, start a process for each function; reward models stay in this one."""
+        """With a time limit, start processes for each function; reward models stay in this one."""
         try:
             for k, function in enumerate(self.functions if self.timeout else ()):
                 if k not in self._workers and not isinstance(function, RewardModel):
-                    self._workers[k] = Worker(function, self.names[k])
+                    self._workers[k] = Pool(
+                        function, self.names[k], count=self.workers, seconds=self.timeout or 0.0,
+                        retries=self.retries,
+                    )  # fmt: skip
         except TrpoLMError:
             self.close()
             raise
 
     def _run(
         self, which: Iterable[int], inputs: dict[str, Any]
-    ) -> tuple[list[Any], dict[str, list[float]]]:
+    ) -> tuple[list[Any], dict[str, list[float]], int]:
         """Call the functions `which`, each with the inputs it names.
 
         Returns:
-            The result of each, and the values passed to `log_metric`, by name.
+            The result of each, the values passed to `log_metric`, by name, and how many
+            completions a function could not score in time.
         """
         metrics: dict[str, list[float]] = {}
+        timed_out = 0
         if not inputs["prompts"]:
-            return [[] for _ in which], metrics
+            return [[] for _ in which], metrics, timed_out
         inputs = {**inputs, "log_metric": functools.partial(collect_metric, metrics)}
         keywords = {}
         for k in which:
             _, accepted = self._signatures[k]
-            keywords[k] = {n: v for n, v in inputs.items() if accepted is None or n in accepted}
+            taken = {n: v for n, v in inputs.items() if accepted is None or n in accepted}
+            shared = isinstance(self.functions[k], RewardModel)
+            keywords[k] = taken if shared else {n: _copied(v) for n, v in taken.items()}
         try:
             self._start_workers()
-            remote = [k for k in keywords if k in self._workers]
-            for k in remote:
-                self._workers[k].ask(keywords[k], self.timeout or math.inf)
             local = [k for k in keywords if k not in self._workers]
             answers = call([(self.functions[k], keywords[k]) for k in local])
             results = dict(zip(local, answers, strict=True))
-            for k in remote:
-                results[k], remote_metrics = self._workers[k].answer()
-                for name, values in remote_metrics.items():
+            for k in (k for k in keywords if k in self._workers):
+                answer = self._workers[k].run(keywords[k], len(inputs["prompts"]))
+                results[k], timed_out = answer.result, timed_out + answer.timed_out
+                for name, values in answer.metrics.items():
                     metrics.setdefault(name, []).extend(values)
             for k, result in results.items():
                 self._raise_failure(k, result, inputs["prompts"])
         except BaseException:
             self.close()  # leave no worker busy with an abandoned call
             raise
-        return [results[k] for k in keywords], metrics
+        return [results[k] for k in keywords], metrics, timed_out
 
     def _raise_failure(self, k: int, result: Any, prompts: list) -> None:
         """Raise if the call of function `k` ended in an exception."""
@@ -369,17 +420,37 @@ class Rewards:
             sample = f"for sample {i} (prompt {_excerpt(prompts[i])})"
             value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
             entries = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(x, numbers.Real) for x in entries):
+            entries = [x.item() if getattr(x, "shape", None) == () else x for x in entries]
+            if not all(isinstance(x, numbers.Real | Decimal) for x in entries):
                 raise RunFault(f"{reward} returned {value!r:.60}, which is not a number, {sample}")
             if isinstance(value, list) and (lengths is None or len(value) != lengths[i]):
                 tokens = "an unfinished text" if lengths is None else f"{lengths[i]} tokens"
                 raise RunFault(f"{reward} returned {len(value)} rewards for {tokens} {sample}")
-            bad = [x for x in entries if not math.isfinite(x)]
+            most = _LARGEST / max(1.0, abs(self.weights[k])) / max(1, len(entries))
+            bad = [x for x in entries if not abs(x) <= most]  # nan is not either
             if bad and self.on_bad_reward == "error":
                 hint = "return None to abstain, or drop such rows with on_bad_reward='skip'"
-                raise RunFault(f"{reward} returned {bad[0]} {sample}", hint=hint)
-            values.append(math.nan if bad else value)
+                large = ", which is too large to be squared," * (abs(bad[0]) < math.inf)
+                raise RunFault(f"{reward} returned {bad[0]!s:.40}{large} {sample}", hint=hint)
+            entries = [float(x) for x in entries] if not bad else []
+            one = entries[0] if entries else None
+            values.append(math.nan if bad else entries if isinstance(value, list) else one)
         return values
+
+
+def _turns(prompts: list, completions: list) -> tuple[list, list]:
+    """Return prompts and completions as functions get them; see `prompts.as_turn`."""
+    turns = [as_turn(p, c) for p, c in zip(prompts, completions, strict=True)]
+    return [p for p, _ in turns], [c for _, c in turns]
+
+
+def _copied(value: Any) -> Any:
+    """Copy an argument, so that a function that changes it changes nothing else."""
+    if isinstance(value, list):
+        return [_copied(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return copy.copy(value) if isinstance(value, np.ndarray | Tensor) else value
 
 
 def _total(value: float | list[float] | None) -> float:

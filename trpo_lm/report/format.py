@@ -28,6 +28,13 @@ def clean(text: Any) -> str:
     )
 
 
+def conversation(prompt: Any) -> str:
+    """Return a prompt as text; of messages, a paragraph each: its role, a colon, its content."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def number(value: float, scale: float | None = None) -> str:
     """Format `value` with two decimals; more if `scale` needs them for two digits."""
     size = abs(value if scale is None else scale)

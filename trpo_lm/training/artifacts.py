@@ -42,7 +42,7 @@ def completion_lines(rollout: Rollout, update: int) -> list[Row]:
 
 def save_prompts(path: Path, prompts: Prompts) -> None:
     """Write prompts with their columns, a JSON object a line; other types become text."""
-    columns = {"prompt": prompts.prompts, **prompts.columns}
+    columns = {**prompts.columns, "prompt": prompts.prompts}
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     lines = (json.dumps(row, default=str) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")

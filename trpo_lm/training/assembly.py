@@ -19,7 +19,7 @@ from trpo_lm.lm.critic import Critic, make_critic
 from trpo_lm.lm.loading import dtype_name, load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
-from trpo_lm.lm.prompts import Prompts, check_prompts, load_prompts
+from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, Prompts, check_prompts, load_prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards
 from trpo_lm.seeds import generator
@@ -84,6 +84,7 @@ def assemble(
         rewards,
         eos_token_ids=end_token_ids(policy.base, tokenizer),
         max_completion_length=args.max_completion_length,
+        template_arguments=args.chat_template_kwargs,
     )
     critic = make_critic(
         args.critic,
@@ -108,6 +109,10 @@ def make_rewards(
             args.reward_weights,
             on_bad_reward=args.on_bad_reward,
             timeout=args.reward_timeout,
+            workers=args.reward_workers,
+            retries=args.reward_retries,
+            mask_truncated=args.mask_truncated_completions,
+            truncated_penalty=args.truncated_penalty,
             reward_model_options={
                 "prefix_stride": args.prefix_stride,
                 "allow_untrained_head": args.allow_untrained_reward_head,
@@ -167,13 +172,29 @@ def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str]
 
     def fit(prompts: Prompts) -> Prompts:
         fitting, truncated = check_prompts(
-            prompts, parts.tokenizer, room=room, truncate=args.truncate_prompts
+            prompts,
+            parts.tokenizer,
+            room=room,
+            truncate=args.truncate_prompts,
+            template_arguments=args.chat_template_kwargs,
         )
+        parts.rewards.check_prompts(fitting.prompts, fitting.columns)
         if truncated:
             note(f"{truncated} prompts were truncated on the left to fit {room} tokens")
         return fitting
 
     train, held_out = fit(data.train), data.held_out and fit(data.held_out)
+    talks = any(not isinstance(prompt, str) for prompt in train.prompts)
+    if args.chat_template_kwargs and not talks:
+        raise TrpoLMError(
+            f"{args.chat_template_kwargs} are for a chat template, and no prompt is a conversation",
+            where="chat_template_kwargs",
+            hint="give prompts as lists of messages, or leave it out",
+        )
+    unused = [n for n in train.columns if not parts.rewards.reads(n)]
+    unused = [n for n in unused if not (talks and n in TEMPLATE_COLUMNS)]
+    if unused:
+        note(f"columns of the dataset that no reward takes, not used: {', '.join(unused)}")
     if held_out is not None:
         first = range(min(len(held_out), args.eval_prompts))
         held_out = Prompts(*held_out.take(first))

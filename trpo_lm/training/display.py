@@ -18,6 +18,7 @@ from trpo_lm.lm.objective import FEWEST, FISHER_SHARE, choose_product
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
+from trpo_lm.report.format import conversation
 from trpo_lm.report.model_card import summary
 from trpo_lm.storage import Row
 from trpo_lm.training.assembly import Parts
@@ -132,12 +133,15 @@ def samples(
         eos_token_ids=mdp.eos_token_ids,
         max_completion_length=mdp.max_completion_length,
         pad_token_id=mdp.pad_token_id,
+        template_arguments=mdp.template_arguments,
     )
     with policy.reference():
-        reference = unscored.rollout(policy, [rollout.prompts[i] for i in firsts], seed=seed)
+        columns = {name: [values[i] for i in firsts] for name, values in rollout.columns.items()}
+        prompts = [rollout.prompts[i] for i in firsts]
+        reference = unscored.rollout(policy, prompts, columns=columns, seed=seed)
     return [
         {
-            "prompt": rollout.prompts[i],
+            "prompt": conversation(rollout.prompts[i]),
             "reference": text,
             "policy": rollout.completions[i],
             "score_after": float(rollout.scores.score[i]) if rollout.scores.valid[i] else None,
@@ -155,7 +159,7 @@ def before_and_after(
     first, last = before.rollout, after.rollout
     return [
         {
-            "prompt": first.prompts[i],
+            "prompt": conversation(first.prompts[i]),
             "reference": first.completions[i],
             "policy": last.completions[i],
             "score_before": float(first.scores.score[i]),

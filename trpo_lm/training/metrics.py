@@ -131,12 +131,15 @@ def evaluation(batch: Batch, ranks: Ranks) -> Evaluation:
     return Evaluation(score, std, float(ref_kl / N), r)
 
 
+COUNTS = ("rewards/skipped", "rewards/timed_out", "rewards/truncated")  # of completions
+
+
 def logged(values: dict[str, float], ranks: Ranks) -> dict[str, float]:
     """Return the means over ranks of the values reward functions logged; skipped rows add up."""
     parts = ranks.gather([values])
     columns = {name: [x[name] for x in parts if name in x] for x in parts for name in x}
     return {
-        name: sum(column) / (1 if name == "rewards/skipped" else len(column))
+        name: sum(column) / (1 if name in COUNTS else len(column))
         for name, column in columns.items()
     }
 
