@@ -89,7 +89,7 @@ def prefixes_of(completions):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_reward_model_scores_a_batch_like_one_by_one(kind):
     model, tokenizer = make_model(kind), make_tokenizer()
-    reward = RewardModel(model, tokenizer, batch_size=3)
+    reward = RewardModel(model, tokenizer, batch_tokens=30)
     assert reward.causal == (kind != "bert")
     scores = reward(PROMPTS, COMPLETIONS, completion_ids=IDS)
     for p, c, x in zip(PROMPTS, COMPLETIONS, scores, strict=True):
@@ -100,6 +100,33 @@ def test_reward_model_scores_a_batch_like_one_by_one(kind):
     messages = [[{"role": "assistant", "content": c}] for c in COMPLETIONS]
     assert reward(PROMPTS, messages) == scores
     assert reward([], []) == []
+
+
+def test_memory_that_is_full_halves_the_passes_and_changes_no_score():
+    model, tokenizer = make_model("gpt2"), make_tokenizer()
+    reward = RewardModel(model, tokenizer)
+    expected, forward, sizes = reward(PROMPTS, COMPLETIONS, completion_ids=IDS), model.forward, []
+
+    def full_above(tokens):
+        def run(input_ids, **options):
+            sizes.append(input_ids.numel())
+            if len(input_ids) > 1 and input_ids.numel() > tokens:
+                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+            return forward(input_ids=input_ids, **options)
+
+        return run
+
+    model.forward = full_above(20)
+    scores = reward(PROMPTS, COMPLETIONS, completion_ids=IDS)
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert sizes[0] > 20 and reward.batch_tokens <= 20
+
+    def full(**_):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    model.forward = full
+    with pytest.raises(torch.OutOfMemoryError):
+        reward(PROMPTS, COMPLETIONS, completion_ids=IDS)
 
 
 def test_labels_choose_the_output():

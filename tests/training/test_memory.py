@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trpo_lm.lm.memory import MOST_TOKENS, PHASES, Cost, Room
+from trpo_lm.lm.memory import MOST_TOKENS, PHASES, Cost, Room, rows_within
 from trpo_lm.training.memory import halved_if_full
 from trpo_lm.training.ranks import OutOfMemory
 
@@ -66,3 +66,8 @@ def test_a_set_of_rows_fits_by_its_own_tokens():
     passes = room(budget=1e6)
     assert passes.holds("fisher", 1000, LENGTH) and not passes.holds("fisher", 1001, LENGTH)
     assert passes.halve() == "fisher" and not passes.holds("fisher", 501, LENGTH)
+
+
+def test_rows_of_a_padded_batch():
+    assert rows_within([1, 2, 3, 4], 100) == 4 and rows_within([1, 2, 3, 4], 9) == 3
+    assert rows_within([50], 10) == 1 and rows_within([5, 50], 60) == 1

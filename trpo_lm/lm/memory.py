@@ -134,6 +134,17 @@ class Room:
         )
 
 
+def fastest(device: torch.device) -> int:
+    """Return the tokens beyond which a pass on a device is no faster."""
+    return MOST_TOKENS_CPU if device.type == "cpu" else MOST_TOKENS
+
+
+def rows_within(lengths: list[int], tokens: int) -> int:
+    """Return how many of the first rows, by ascending length, fit into a padded batch; one does."""
+    fit = (n for n, longest in enumerate(lengths, 1) if n > 1 and n * longest > tokens)
+    return next(fit, len(lengths) + 1) - 1
+
+
 def device_memory(device: torch.device) -> int:
     """Return the bytes of memory that a device has."""
     if device.type == "cuda":

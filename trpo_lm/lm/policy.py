@@ -58,12 +58,11 @@ from trpo_lm.lm.loading import (
     with_adapter,
 )
 from trpo_lm.lm.memory import (
-    MOST_TOKENS,
-    MOST_TOKENS_CPU,
     SHARE,
     Cost,
     Room,
     device_memory,
+    fastest,
     fitted,
     saved_bytes,
 )
@@ -161,8 +160,7 @@ class Policy:
         self.exact_products = self._working_products()
         weights = sum(p.nbytes for p in self.model.parameters())
         budget = SHARE * (device_memory(self.device) - weights)
-        fastest = MOST_TOKENS_CPU if self.device.type == "cpu" else MOST_TOKENS
-        self.room = Room(budget, self._costs(), micro_batch_tokens, fastest)
+        self.room = Room(budget, self._costs(), micro_batch_tokens, fastest(self.device))
 
     @property
     def device(self) -> torch.device:

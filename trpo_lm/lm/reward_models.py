@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.memory import fastest, rows_within
 from trpo_lm.lm.prompts import apply_template, as_turn, template_options
 
 _PROBE_TOKENS = 8  # length of the text that tests whether a classifier is causal
@@ -36,7 +37,8 @@ class RewardModel:
         processing_class: Its tokenizer; default: the one stored with the model.
         label: Output to reward, by name or index. Default with two outputs: the one named
             "positive", else index 1. Required with more.
-        batch_size: Texts in one forward pass.
+        batch_tokens: Most tokens in one forward pass, padding included; halved where memory is
+            full. None: `memory.MOST_TOKENS`, fewer on a CPU.
         prefix_stride: Without causal attention, score every k-th prefix and interpolate between.
         allow_untrained_head: Accept weights that are missing from the model's files.
         device: Where to put the model; None leaves it where it is.
@@ -58,7 +60,7 @@ class RewardModel:
         processing_class: Any = None,
         *,
         label: str | int | None = None,
-        batch_size: int = 64,
+        batch_tokens: int | None = None,
         prefix_stride: int = 1,
         allow_untrained_head: bool = False,
         device: Any = None,
@@ -81,7 +83,8 @@ class RewardModel:
                 )
         self.model = (model if device is None else model.to(device)).eval()
         self.tokenizer = tokenizer = processing_class or _load(AutoTokenizer, name)
-        self.batch_size, self.prefix_stride = batch_size, prefix_stride
+        self.batch_tokens = batch_tokens or fastest(self.model.device)
+        self.prefix_stride = prefix_stride
         config = self.model.config
         self.label = _label_index(label, config, name)
 
@@ -277,14 +280,23 @@ class RewardModel:
 
         hook = self._head and self._head.register_forward_hook(keep)
         try:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+            while order:
+                count = rows_within([len(fitted[i]) for i in order], self.batch_tokens)
+                batch = order[:count]
                 tokens = [torch.tensor(fitted[i]) for i in batch]
                 ids = pad_sequence(tokens, batch_first=True, padding_value=self.pad_id)
                 mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
                 device = self.model.device
-                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-                pooled = logits.float().cpu()
+                try:
+                    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+                    pooled = self.model(**inputs).logits.float().cpu()
+                except torch.OutOfMemoryError:
+                    if count == 1:
+                        raise
+                    self.batch_tokens = ids.numel() // 2
+                    outputs.clear()
+                    continue
+                order = order[count:]
                 inside = outputs.pop().float().cpu() if outputs else pooled
                 if inside.shape[:-1] != ids.shape:
                     inside = pooled.new_empty(len(batch), 0, pooled.shape[-1])
