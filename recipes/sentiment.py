@@ -41,6 +41,10 @@ class Arguments:
         None, "held-out prompts; default: the embedded ones, or the last 256 rows of the dataset"
     )
     prompt_column: str = option("prompt", "column of the dataset that holds the prompt")
+    dry_run: bool = option(False, "say what the run needs and what fits, load nothing, and exit")
+    memory: str | None = option(
+        None, "of a GPU that the dry run is about, e.g. 24GiB; default: the device's own"
+    )
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ def run() -> None:
     from trpo_lm.lm.prompts import load_both
     from trpo_lm.lm.rewards import load_reward
 
+    if arguments.dry_run:
+        if main_process:
+            plan = Trainer.plan(
+                arguments.model,
+                arguments.reward_model if arguments.reward_function is None else None,
+                arguments.dataset,
+                args,
+                algorithm=TRPO(**describe(settings)),
+                prompt_column=arguments.prompt_column,
+                memory=arguments.memory,
+            )
+            print(plan)
+        return
     reward = arguments.reward_model
     if arguments.reward_function is not None:
         reward = load_reward(arguments.reward_function)
