@@ -130,6 +130,17 @@ def test_prompts_are_measured_where_tokenizer_and_data_are_at_hand():
     assert found.memory == device_memory(torch.device("cpu"))
 
 
+def test_a_model_with_an_adapter_is_planned_as_it_is(tmp_path):
+    loaded = tiny.policy(peft=tiny.lora(r=3), model=tiny.build("llama")).model
+    found = Trainer.plan(loaded, memory="1GiB")
+    assert found.trainable == sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    loaded.get_base_model().config.save_pretrained(tmp_path / "base")
+    loaded.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    loaded.peft_config["default"].save_pretrained(tmp_path / "adapter")
+    by_name = Trainer.plan(str(tmp_path / "adapter"), memory="1GiB")
+    assert (by_name.trainable, by_name.parameters) == (found.trainable, found.parameters)
+
+
 def test_memory_grows_with_what_it_depends_on():
     base = sizes(plan())
     longer, wider = sizes(plan(max_completion_length=128)), sizes(plan(lora_r=16))

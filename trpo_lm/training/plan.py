@@ -367,11 +367,11 @@ def _config(
     if args.dtype != "auto" or device.type != "meta":
         dtype = load_dtype(args.dtype, device)
     if isinstance(model, torch.nn.Module):
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        found = model.peft_config[str(model.active_adapter)] if base is not model else None
-        return base.config.name_or_path or "model", copy.deepcopy(base.config), _new(found), (
-            base.dtype
-        )  # fmt: skip
+        loaded: Any = model
+        base = loaded.get_base_model() if isinstance(model, PeftModel) else loaded
+        found = None if base is loaded else loaded.peft_config[str(loaded.active_adapter)]
+        name = base.config.name_or_path or "model"
+        return name, copy.deepcopy(base.config), _new(found), base.dtype
     if not isinstance(model, str):
         return getattr(model, "name_or_path", "") or "model", copy.deepcopy(model), None, dtype
     try:
@@ -379,14 +379,13 @@ def _config(
         if (Path(model) / "adapter_config.json").is_file():
             found = PeftConfig.from_pretrained(model)
             source = str(found.base_model_name_or_path)
-        return model, AutoConfig.from_pretrained(source, trust_remote_code=False), _new(found), (
-            dtype
-        )  # fmt: skip
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever transformers may raise
         raise TrpoLMError(
             f"the config of model {model!r} cannot be read: {str(error).splitlines()[0]}",
             where="model", hint="give a folder that holds config.json, or a hub id",
         ) from error  # fmt: skip
+    return model, config, _new(found), dtype
 
 
 def _new(found: Any) -> PeftConfig | None:
@@ -418,9 +417,7 @@ def _costs(
         with _Fused():
             return outputs(n)
 
-    activations = [
-        m for m in base.modules() if type(m) in ELEMENTWISE and not list(m.parameters())
-    ]
+    activations = [m for m in base.modules() if type(m) in ELEMENTWISE and not list(m.parameters())]
 
     def linearised(n: int) -> Any:
         with twice_differentiable(), linearised_activations(activations):
@@ -506,7 +503,9 @@ class _Run:
         half = at_once("gradient", math.ceil(N / 2))
         gradient = held("gradient", half) + held("forward", half) + logits * chunk
         phases = [
-            Phase("rollout", held("rollout", sampled) + prefill, sampled * length, "cache, prefill"),
+            Phase(
+                "rollout", held("rollout", sampled) + prefill, sampled * length, "cache, prefill"
+            ),
             Phase("measurement", max(forward, features * 2 / 3), passed * length, "no graph"),
             Phase("gradient", gradient + GRADIENTS * M, half * length, "graph, g and b"),
         ]
@@ -618,4 +617,3 @@ def _alternatives(run: _Run) -> Iterator[tuple[tuple[str, ...], _Run]]:
 
 def _joined(changes: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     return {name: value for _, settings in changes for name, value in settings.items()}
-
