@@ -37,6 +37,10 @@ class Arguments(DatasetSettings):
     dataset: str = option(
         str(DATA / "prompts_train.jsonl"), "prompts: .jsonl, .csv, .txt, or a folder or hub id"
     )
+    dry_run: bool = option(False, "say what the run needs and what fits, load nothing, and exit")
+    memory: str | None = option(
+        None, "of a GPU that the dry run is about, e.g. 24GiB; default: the device's own"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,19 @@ def run() -> None:
     from trpo_lm.lm.prompts import load_from_settings
     from trpo_lm.lm.rewards import load_reward
 
+    if arguments.dry_run:
+        if main_process:
+            plan = Trainer.plan(
+                arguments.model,
+                arguments.reward_model if arguments.reward_function is None else None,
+                arguments.dataset,
+                args,
+                algorithm=TRPO(**describe(settings)),
+                prompt_column=arguments.prompt_column,
+                memory=arguments.memory,
+            )
+            print(plan)
+        return
     reward = arguments.reward_model
     if arguments.reward_function is not None:
         reward = load_reward(arguments.reward_function)

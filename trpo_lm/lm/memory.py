@@ -12,7 +12,8 @@ square where attention keeps its weights. Each phase of an update has a size of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ SHARE = 1 / 8  # of the memory that the weights leave, for one phase; the rest i
 MOST_TOKENS = 1 << 14  # more at once are no faster
 MOST_TOKENS_CPU = 1 << 11  # nor are these on a CPU, whose caches are small
 PHASES = ("rollout", "forward", "gradient", "fisher")
+PROBE_LENGTH = 48  # tokens of the rows on which memory is measured, and a third of it
+PULLBACK = 1.15  # what a retained graph holds, over the graph of the outputs alone
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,69 @@ def fitted(lengths: tuple[int, int], bytes_of_row: Callable[[int], float]) -> Co
     return Cost(at_a - square * a, square)
 
 
-def saved_bytes(work: Callable[[], Any], weights: set[int]) -> int:
+def saved_bytes(work: Callable[[], Any], weights: Iterable[Tensor]) -> int:
     """Return the bytes that the graph of some work keeps for its backward pass.
+
+    It takes tensors on the meta device too, whose graphs keep what real ones would.
 
     Args:
         work: Builds a graph; it is not kept.
-        weights: `data_ptr` of storages that do not count.
+        weights: Tensors that do not count.
     """
-    storages: dict[int, int] = {}
+    known, kept = {_storage(p) for p in weights}, list[weakref.ref[Tensor]]()
 
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would make a cycle that nothing frees
+        held = tensor.detach()  # the tensor itself would make a cycle that nothing frees
+        kept.append(weakref.ref(held))
+        return held
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with torch.enable_grad(), hooks:
         graph = work()
-    del graph  # it stood until here, so that no storage took another's place
-    return sum(storages.values())
+    alive = [held for ref in kept if (held := ref()) is not None]  # not of graphs within, now gone
+    del graph
+    storages = {_storage(held): held.untyped_storage().nbytes() for held in alive}
+    return sum(size for storage, size in storages.items() if storage not in known)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return a number of a tensor's storage; those on the meta device have no address."""
+    return tensor.untyped_storage()._cdata
+
+
+def measured_costs(
+    graphs: Mapping[str, Callable[[int], Any]],
+    weights: Iterable[Tensor],
+    *,
+    longest: int | None,
+    layers: int,
+    cached: float,
+) -> dict[str, Cost]:
+    """Measure what a pass of each phase holds, on two short rows.
+
+    Args:
+        graphs: Build a graph over a row of so many tokens: 'plain', 'linearised' as Fisher products
+            retain it, and 'recomputed' where activations are.
+        weights: What does not count.
+        longest: Tokens that the model can read; None: any number.
+        layers: Of the model.
+        cached: Bytes of a token's keys and values.
+
+    Returns:
+        The cost of each of `PHASES`.
+    """
+    most, weights = min(PROBE_LENGTH, longest or PROBE_LENGTH), list(weights)
+    held = {
+        name: fitted((most // 3, most), lambda n, run=run: saved_bytes(lambda: run(n), weights))
+        for name, run in graphs.items()
+    }
+    layer = held["plain"] * (1 / max(1, layers))
+    return {
+        "rollout": Cost(cached),
+        "forward": layer * 2.0,
+        "gradient": held["recomputed"] + layer if "recomputed" in held else held["plain"],
+        "fisher": held["linearised"] * PULLBACK,
+    }
 
 
 @dataclass

@@ -57,15 +57,7 @@ from trpo_lm.lm.loading import (
     trainable_tensors,
     with_adapter,
 )
-from trpo_lm.lm.memory import (
-    SHARE,
-    Cost,
-    Room,
-    device_memory,
-    fastest,
-    fitted,
-    saved_bytes,
-)
+from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fastest, measured_costs
 from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
 from trpo_lm.seeds import generator
 
@@ -76,9 +68,7 @@ CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
 PRODUCTS = ("retained", "forward")  # exact ones, the faster first
 PROBE_MOVE = 1e-2  # of each parameter, away from B = 0, while derivatives are compared
 PROBE_ERROR = {8: 1e-3, 4: 1e-3, 2: 0.03}  # relative, by bytes of a number; rounding: 1e-5, 0.01
-PROBE_LENGTH = 48  # tokens of the rows on which memory is measured, and a third of it
 SAME = {8: 1e-3, 4: 5e-3, 2: 0.1}  # relative, by bytes of a number: two roundings of one pass
-PULLBACK = 1.15  # what a retained graph holds, over the graph of the outputs alone
 ELEMENTWISE = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
@@ -508,26 +498,19 @@ class Policy:
         return ids, torch.ones_like(ids), states
 
     def _costs(self) -> dict[str, Cost]:
-        """Measure what a pass of each phase holds, on two short rows."""
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        most = min(PROBE_LENGTH, self.context_length or PROBE_LENGTH)
-        lengths = (most // 3, most)
-
-        def held(run: Callable[..., Tensor]) -> Cost:
-            return fitted(
-                lengths, lambda n: saved_bytes(lambda: run(*self._probe_rows(n)), weights)
-            )
-
-        graph = held(lambda *inputs: self.hidden_and_features(*inputs)[1])
-        config = self.base.config.get_text_config()
-        layer = graph * (1 / max(1, getattr(config, "num_hidden_layers", 1)))
-        recomputed = held(self.features) + layer if self.recomputes else graph
-        return {
-            "rollout": Cost(self._cache_bytes()),
-            "forward": layer * 2.0,
-            "gradient": recomputed,
-            "fisher": held(self.linearised) * PULLBACK,
-        }
+        """Measure what a pass of each phase holds."""
+        passes: dict[str, Callable[..., Any]] = {
+            "plain": self.hidden_and_features, "linearised": self.linearised
+        }  # fmt: skip
+        if self.recomputes:
+            passes["recomputed"] = self.features
+        return measured_costs(
+            {name: lambda n, run=run: run(*self._probe_rows(n)) for name, run in passes.items()},
+            self.model.parameters(),
+            longest=self.context_length,
+            layers=getattr(self.base.config.get_text_config(), "num_hidden_layers", 1),
+            cached=self._cache_bytes(),
+        )
 
     @torch.no_grad()
     def _cache_bytes(self) -> float:

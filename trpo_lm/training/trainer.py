@@ -50,6 +50,7 @@ from trpo_lm.training.folder import require_usable
 from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.memory import halved_if_full
 from trpo_lm.training.metrics import Evaluation
+from trpo_lm.training.plan import Plan, longest_prompt, make_plan, processes, rewards_score_prefixes
 from trpo_lm.training.ranks import Ranks, SharedFault
 from trpo_lm.training.stages import Stages
 from trpo_lm.training.state import TrainState, restore, snapshot
@@ -128,6 +129,51 @@ class Trainer:
         self.updates_done = self.completions = self.tokens = 0
         self.rows: list[Row] = []
         self._boundary = self._snapshot()
+
+    @staticmethod
+    def plan(
+        model: Any,
+        reward_funcs: Any = None,
+        train_dataset: Any = None,
+        args: TrainerConfig | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Any = (),
+        peft_config: PeftConfig | None = None,
+        algorithm: Algorithm[Any] | None = None,
+        prompt_column: str = "prompt",
+        *,
+        memory: str | float | None = None,
+        **_: Any,
+    ) -> Plan:
+        """Say what `Trainer` with the same arguments would need, and load nothing but a config.
+
+        Args:
+            model: As for `Trainer`, or a config; so are the others.
+            reward_funcs: Only whether it scores unfinished text counts.
+            train_dataset: Its longest prompt counts, where dataset and tokenizer are local.
+            args: Settings of the run.
+            eval_dataset: Does not count, nor do callbacks.
+            processing_class: Counts the tokens of prompts.
+            callbacks: Ignored.
+            peft_config: Adapter to train.
+            algorithm: Update rule.
+            prompt_column: Column of the prompt.
+            memory: Of another device, e.g. "24GiB"; see `plan.make_plan`.
+
+        Raises:
+            TrpoLMError: If config, prompts or memory cannot be read.
+        """
+        return make_plan(
+            model,
+            args or TrainerConfig(),
+            algorithm,
+            peft_config=peft_config,
+            prompt_length=longest_prompt(train_dataset, prompt_column, model, processing_class),
+            scores_prefixes=rewards_score_prefixes(reward_funcs),
+            memory=memory,
+            processes=processes(),
+        )
 
     # ------------------------------------------------------------------ the run
 
