@@ -37,6 +37,7 @@ class Letters:
     """A tokenizer as small as they come: token 0 ends a text, 1, 2, 3 are 'a', 'b', 'c'."""
 
     pad_token_id = eos_token_id = bos_token_id = 0
+    all_special_ids = (0,)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) - ord("a") + 1 for c in text]}
