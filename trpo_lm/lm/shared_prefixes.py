@@ -53,7 +53,7 @@ class Shared:
     order: Tensor
 
 
-def common_length(sequences: Collection[Sequence[int]]) -> int:
+def common_length(sequences: Collection[tuple[int, ...]]) -> int:
     """Return how many tokens all sequences begin with."""
     first, last = min(sequences), max(sequences)  # in alphabetical order: the most different two
     pairs = enumerate(zip(first, last, strict=False))
