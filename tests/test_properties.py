@@ -56,6 +56,8 @@ def consequences(kind, rollout, advantages, micro_batch_tokens):
     theta = policy.parameters
     before = theta.snapshot()
     policy.room.most = micro_batch_tokens
+    # Llama's norms are float32 in a float64 model, and stages round them otherwise.
+    policy.shares_prefixes = kind != "llama"
     batch = Batch.from_rollout(policy, rollout)
     objective = tiny.objective(policy, batch, advantages)
     g, b = objective.gradients(reference=True)

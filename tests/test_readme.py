@@ -88,7 +88,7 @@ def test_python_examples_compile():
 def launch(words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=100, cwd=ROOT,
+        [sys.executable, *words], capture_output=True, text=True, timeout=1000, cwd=ROOT,
         env=environment,
     )  # fmt: skip
 

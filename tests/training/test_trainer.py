@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel
 import trpo_lm.core.natural_step
 from trpo_lm import PPO, Trainer
 from trpo_lm.algorithms.trpo import TRPO
+from trpo_lm.core.fisher import ScoreFisher
 from trpo_lm.core.trust_region import Step
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.objective import BatchObjective
@@ -428,10 +429,14 @@ def test_C07_the_recipe_says_it_in_two_lines(tmp_path):
 def test_B21_a_run_that_cannot_move_names_the_cause_once(
     tmp_path, monkeypatch, capsys, flaw, cause
 ):
-    monkeypatch.setattr(BatchObjective, "fisher", lambda self, completions: lambda v: flaw * v)
+    class Flawed(ScoreFisher):
+        def __call__(self, v):
+            return flaw * v
+
+    monkeypatch.setattr(BatchObjective, "fisher", lambda self, completions: Flawed(torch.ones(1)))
     trainer(tmp_path, updates=5).train()
     for row in runs.rows(tmp_path):
         assert not row["line_search/accepted"] and cause in row["line_search/reason"]
-        assert row["cg/status"] == row["cg/ref_status"] or row["cg/ref_status"] == "zero"
+        assert row["cg/ref_status"] in (row["cg/status"], "zero", None)  # None: budget far away
         assert row["cg/status"] in ("nonfinite", "indefinite")
     assert capsys.readouterr().out.count("the policy has not moved for 3 updates") == 1

@@ -231,10 +231,11 @@ class Sweep:
             with quiet_loading():
                 model = load_model(self.model, args, device=self.ranks.device)
             train, parts = partial(train_with_trl, task, model, rule, arm.algorithm), task.parts
+            passes = _count_passes(model)
         else:
             trainer = self._trainer(args, rule)
-            train, model, parts = trainer.train, trainer.policy.model, trainer.parts
-        passes = _count_passes(model)
+            train, parts = trainer.train, trainer.parts
+            trainer.policy.passes = passes = [0]
         try:
             rows = train()
             size = arm.args.prompts_per_update * arm.args.completions_per_prompt
@@ -323,7 +324,7 @@ class Sweep:
 
 
 def _count_passes(model: Any) -> list[int]:
-    """Count the completions that pass through a model outside sampling, in the list returned."""
+    """Count completions that pass through TRL's model outside sampling, in the list returned."""
     rows = [0]
 
     def count(module: Any, inputs: Any, kwargs: dict[str, Any]) -> None:

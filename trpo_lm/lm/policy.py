@@ -96,6 +96,7 @@ class Policy:
         exact_products: Which exact Fisher products work, of 'retained' and 'forward'.
         product_faults: Why the others do not.
         room: How many tokens each phase may put through the model at once.
+        passes: Completions that went through the model outside sampling, in a list of one number.
         cache_argument: Under which name the model takes a key-value cache.
 
     Raises:
@@ -139,6 +140,7 @@ class Policy:
         self._transformer = self.base.base_model
         arguments = signature(self._transformer.forward).parameters  # renamed by transformers
         self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
+        self.passes = [0]
         self.head = self._linear_head()
         self._starts_as_base = self._adapter_is_identity()
         self._activations = [
@@ -202,7 +204,7 @@ class Policy:
             Last hidden states (S, D), detached, and features, (S, D) or (S, V) where the head is
             the identity; both row by row.
         """
-        shared = None
+        shared, self.passes[0] = None, self.passes[0] + len(input_ids)
         if self.shares_prefixes and not self._recompute:
             shared = share_prefixes(input_ids, attention_mask, state_mask)
         if shared is None:
