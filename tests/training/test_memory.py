@@ -39,7 +39,9 @@ def test_the_work_is_undone_and_done_again_with_half_in_the_phase_that_was_full(
     assert halved_if_full(work, lambda: undone.append(1), passes, ALONE, notes.append) == "done"
     assert len(undone) == len(notes) == times and all(f"the {phase} phase" in n for n in notes)
     sizes = {name: passes.tokens(name, LENGTH, TOTAL) for name in PHASES}
-    assert sizes.pop(phase) == (TOTAL >> times if times else MOST_TOKENS)
+    most = 10**6 if phase == "rollout" else MOST_TOKENS
+    assert sizes.pop(phase) == (TOTAL >> times if times else most)
+    assert sizes.pop("rollout", 10**6) == 10**6  # only memory limits what is sampled together
     assert set(sizes.values()) == {MOST_TOKENS}
 
 
@@ -57,6 +59,7 @@ def test_a_size_is_what_memory_allows_and_at_least_a_row():
     assert passes.tokens("forward", 700, TOTAL) == 700
     assert room(budget=1e12).tokens("forward", LENGTH, TOTAL) == MOST_TOKENS
     assert room(most=64, budget=1e12).tokens("forward", 10, TOTAL) == 64
+    assert room(most=64, budget=1e6).tokens("rollout", 10, TOTAL) == 1000
     square = Room(1e6, dict.fromkeys(PHASES, Cost(1000.0, 10.0)), None)
     assert square.tokens("forward", LENGTH, TOTAL) == 500
     assert square.tokens("forward", 10, TOTAL) == 909

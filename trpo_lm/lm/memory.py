@@ -145,6 +145,9 @@ class Room:
     def tokens(self, phase: str, length: int, total: int) -> int:
         """Return how many tokens a phase may take at once, at least one row.
 
+        Completions are sampled a token of each at a time: the more at once the faster, and only
+        memory limits them, so that no setting of passes changes what is drawn.
+
         Args:
             phase: Of `PHASES`; it is under way from now on.
             length: Of the longest row, tokens.
@@ -152,6 +155,7 @@ class Room:
         """
         fits = int(self.budget / self.costs[phase].per_token(length))
         size = min(self.default, fits) if self.most is None else self.most
+        size = fits if phase == "rollout" else size
         size = max(length, min(size, self.limits.get(phase, size)))
         self.phase, self.asked = phase, (min(size, total), length)
         return size
