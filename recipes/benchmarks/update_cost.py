@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -136,9 +137,9 @@ def subset(objective):
     policy, r = objective.policy, objective.batch.rollout
     rows = torch.arange(min(FISHER, len(r)))
     names = ("groups", "input_ids", "attention_mask", "action_mask", "truncated", "rewards")
-    fields = vars(r) | {name: getattr(r, name)[rows] for name in names}
-    fields |= {"prompts": [""] * len(rows), "completions": [""] * len(rows)}
-    few = Batch.from_rollout(policy, Rollout(**fields))
+    fields = {name: getattr(r, name)[rows] for name in names}
+    texts = {"prompts": [""] * len(rows), "completions": [""] * len(rows)}
+    few = Batch.from_rollout(policy, replace(r, **fields, **texts))
     return BatchObjective(policy, few, r.padded(objective.advantages)[rows], alone)
 
 
