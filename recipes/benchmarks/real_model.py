@@ -27,13 +27,18 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+from datasets import Dataset
 from step_quality import collect
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from update_cost import Meter, alternate, high_water, quartiles
 
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO, TRPOState
+from trpo_lm.comparison.trl_arms import trl_arguments
 from trpo_lm.config import TrainerConfig, TRLSettings
+from trpo_lm.lm.loading import default_lora
 from trpo_lm.lm.objective import BatchObjective
+from trpo_lm.lm.prompts import load_prompts
 from trpo_lm.training.trainer import Trainer
 
 WARM, WARM_KL = 1, 0.5  # updates before, and nats of each: away from the reference
@@ -135,12 +140,7 @@ def loops(a, length: int) -> dict:
 
 def trl_steps(a, length: int) -> list[float]:
     """Return the CPU seconds of steps of TRL's GRPO, the first left out."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    from trpo_lm.comparison.trl_arms import _arguments
-    from trpo_lm.lm.loading import default_lora
-    from trpo_lm.lm.prompts import load_prompts
 
     seconds: list[float] = []
 
@@ -151,8 +151,6 @@ def trl_steps(a, length: int) -> list[float]:
         def on_step_end(self, args, state, control, **kwargs):
             seconds.append(time.process_time() - self.start)
 
-    from datasets import Dataset
-
     config = TrainerConfig(
         output_dir=mkdtemp(), updates=a.repeats + 1, prompts_per_update=a.prompts,
         completions_per_prompt=a.each, max_completion_length=length,
@@ -161,7 +159,7 @@ def trl_steps(a, length: int) -> list[float]:
     GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32),
         reward_funcs=lambda completions, **rest: vowels(completions),
-        args=GRPOConfig(**_arguments(config, TRLSettings(learning_rate=1e-4))),
+        args=GRPOConfig(**trl_arguments(config, TRLSettings(learning_rate=1e-4))),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(a.model),
         callbacks=[Clock()],

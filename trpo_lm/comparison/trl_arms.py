@@ -140,7 +140,7 @@ def _trainer(
         theirs = kind(
             model=model,
             reward_funcs=observer.score,
-            args=config(**_arguments(task.args, settings)),
+            args=config(**trl_arguments(task.args, settings)),
             train_dataset=_prompts_in_order(task),
             processing_class=task.parts.tokenizer,
             callbacks=[observer],
@@ -150,7 +150,7 @@ def _trainer(
     return theirs
 
 
-def _arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
+def trl_arguments(args: TrainerConfig, settings: TRLSettings) -> dict[str, Any]:
     """Return the settings that make TRL's run the same experiment; the rest are its defaults."""
     N = args.prompts_per_update * args.completions_per_prompt
     most = min(N, MOST_ROWS)
