@@ -136,11 +136,15 @@ class TokenMDP:
             before: From `before`. Some decoders drop the space at the beginning of a text, which a
                 completion is not: prompt + completion is the text of all tokens.
         """
-        start, whole = (
-            self.tokenizer.decode(list(part), skip_special_tokens=True)
-            for part in (before, [*before, *ids])
-        )
-        return whole[len(start) :] if whole.startswith(start) else self.text(ids)
+        return self._text(ids, before, self._decode(before))
+
+    def _text(self, ids: Sequence[int], before: Sequence[int], start: str) -> str:
+        """Return `text`, given that of `before`."""
+        whole = self._decode([*before, *ids])
+        return whole[len(start) :] if whole.startswith(start) else self._decode(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def rollout(
         self,
@@ -237,9 +241,10 @@ class TokenMDP:
         before = self._before(
             rollout.prompts, rollout.input_ids[:, :P], rollout.attention_mask[:, :P]
         )
+        starts = [self._decode(tokens) for tokens in before]
         return [
-            [self.text(ids[:t], start) for t in range(len(ids))]
-            for ids, start in zip(rollout.completion_ids, before, strict=True)
+            [self._text(ids[:t], tokens, start) for t in range(len(ids))]
+            for ids, tokens, start in zip(rollout.completion_ids, before, starts, strict=True)
         ]
 
     def prefix_scores(self, rollout: Rollout) -> Tensor:
