@@ -13,10 +13,11 @@ Three ways, for three budgets of memory:
                    graph, then J^T c on a fresh one. A product costs more than twice as much.
 `ScoreFisher`      needs first derivatives only, of scores s = grad log pi(y) of sampled actions:
                    F = E[s s^T], exact in expectation. For kernels without the derivatives that the
-                   others need: fused attention, quantised weights, half precision.
+                   others need: quantised weights, hand-written attention.
 
-The first two use the mathematical attention kernel, and elementwise activations whose slope is
-computed once: the Jacobian needs no more.
+The first two use the mathematical attention kernel, as the fused ones are differentiable once. The
+retained graph holds the slopes of elementwise activations, computed once: the Jacobian needs no
+more.
 
 Source: the Gauss-Newton form of the Fisher, Martens (2020), arXiv:1412.1193, section 9.2; the
 double-vjp trick is due to J. Townsend (2017).

@@ -26,9 +26,7 @@ from typing import Any, NamedTuple
 from trpo_lm.errors import RunFault, TrpoLMError
 
 _START_SECONDS = 120  # a worker process first imports the function's module
-_HANGS = (
-    3  # completions that hang one after the other, and none that does not: the function is broken
-)
+_HANGS = 3  # completions that hang alone, and none that does not: the function is broken
 
 
 class RemoteFailure(Exception):
