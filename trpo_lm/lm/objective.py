@@ -153,22 +153,20 @@ class BatchObjective:
             completions: Over all ranks; None: `FISHER_SHARE` of the batch.
         """
         policy, r, theta = self.policy, self.batch.rollout, self.theta
-        wanted = max(FEWEST, self.N * FISHER_SHARE) if completions is None else completions
-        share = math.ceil(wanted * len(r) / self.N)
+        share = math.ceil(completions_in_fisher(completions, self.N) * len(r) / self.N)
         rows = torch.linspace(0, len(r) - 1, min(len(r), share)).round().long().unique()
         kind, rows = self._product(rows, fixed=completions is not None)
         count = float(self.reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
         if kind == "scores":
             return ScoreFisher(self.scores(), count=self.N, reduce=self.reduce)
-        parts = [r.model_inputs(p) for p, _ in micro_batches(policy, r, "fisher", rows)]
+        parts = list(micro_batches(policy, r, "fisher", rows))
         if kind == "retained":
-            outputs = [policy.linearised(*inputs) for inputs in parts]
+            outputs = [policy.linearised(*r.model_inputs(part)) for part, _ in parts]
             pieces = [(h, head_curvature(policy, h.detach())) for h in outputs]
             return FisherOperator(theta, pieces, count=count, reduce=self.reduce)
-        return ForwardFisher(
-            theta, [forward_piece(policy, inputs) for inputs in parts], count=count,
-            reduce=self.reduce,
-        )  # fmt: skip
+        old = self.batch.old_features
+        pieces = [forward_piece(policy, r.model_inputs(part), old[at]) for part, at in parts]
+        return ForwardFisher(theta, pieces, count=count, reduce=self.reduce)
 
     def _product(self, rows: Tensor, *, fixed: bool) -> tuple[str, Tensor]:
         """Return how products on some rows are made, and the rows: fewer where memory is short.
@@ -261,12 +259,26 @@ def choose_product(policy: Policy, lengths: Tensor) -> tuple[str, str]:
     return "scores", f"sampled, by first derivatives only; {fault}"
 
 
+def completions_in_fisher(asked: int | None, N: float) -> float:
+    """Return how many completions of N make up the Fisher products, unless memory is short.
+
+    Args:
+        asked: As set; None: `FISHER_SHARE` of them, at least `FEWEST`.
+        N: Completions of the batch, of all processes.
+    """
+    return max(FEWEST, N * FISHER_SHARE) if asked is None else asked
+
+
 def forward_piece(
-    policy: Policy, inputs: tuple[Tensor, Tensor, Tensor]
+    policy: Policy, inputs: tuple[Tensor, Tensor, Tensor], old: Tensor
 ) -> tuple[Linear, Linear, Linear]:
-    """Return v -> J v, the curvature and c -> J^T c on some rows, policy at theta_old."""
-    with torch.no_grad():
-        old = policy.features(*inputs)
+    """Return v -> J v, the curvature and c -> J^T c on some rows, policy at theta_old.
+
+    Args:
+        policy: At theta_old.
+        inputs: Of a pass over the rows.
+        old: Its features at their states, (S, D).
+    """
 
     def jvp(v: Tensor) -> Tensor:
         return policy.jvp(v, *inputs)

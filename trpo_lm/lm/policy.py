@@ -16,7 +16,6 @@ Dropout is off in every pass: the model is in eval mode from construction on.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -60,8 +59,6 @@ from trpo_lm.lm.loading import (
 from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fastest, measured_costs
 from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
 from trpo_lm.seeds import generator
-
-logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
 CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
@@ -138,14 +135,11 @@ class Policy:
         self.parameters = ParameterVector(trainable_tensors(self.model))
         self._reference = self.parameters.snapshot()
         self._transformer = self.base.base_model
-        arguments = signature(self._transformer.forward).parameters  # renamed by transformers
-        self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
+        self.cache_argument = cache_argument(self._transformer)
         self.passes = [0]
         self.head = self._linear_head()
         self._starts_as_base = self._adapter_is_identity()
-        self._activations = [
-            m for m in self.base.modules() if type(m) in ELEMENTWISE and not list(m.parameters())
-        ]
+        self._activations = elementwise_modules(self.base)
         self.shares_prefixes = False
         self.shares_prefixes = self._prefixes_can_be_shared()
         self.product_faults: dict[str, str] = {}
@@ -402,8 +396,8 @@ class Policy:
 
     def probe_inputs(self) -> dict[str, Tensor]:
         """Return a text of 8 tokens, (1, 8), as the keywords input_ids and attention_mask."""
-        ids = torch.arange(8, device=self.device)[None] % self.vocabulary_size
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids, mask, _ = self._probe_rows(8)
+        return {"input_ids": ids, "attention_mask": mask}
 
     def _checkpoint_layers(self) -> None:
         """Let layers recompute; transformers' own switch works in train mode only, with dropout."""
@@ -422,9 +416,7 @@ class Policy:
         def run(*args: Any, **kwargs: Any) -> Any:
             if not self._recompute:
                 return forward(*args, **kwargs)
-            return checkpoint(
-                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
+            return recomputed(forward, *args, **kwargs)
 
         return run
 
@@ -463,9 +455,8 @@ class Policy:
             self.product_faults = dict.fromkeys(PRODUCTS, "the weights are quantised")
             return []
         inputs = self._probe_rows(8)
-        features = self.features(*inputs)
         theta, noise = self.parameters, generator(0, "probe")
-        start = theta.snapshot()
+        start, working = theta.snapshot(), []
 
         def random(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=noise).to(like)
@@ -474,10 +465,11 @@ class Policy:
             u, vjp = pullback(theta, self.linearised(*inputs))
             return torch.autograd.grad(vjp, u, grad_outputs=theta.unflatten(v))[0]
 
-        working, u = [], random(features)
         theta.assign(start, random(theta.vector()), PROBE_MOVE)  # at B = 0 half would not be tested
         try:
-            c = theta.gradient(self.features(*inputs), cotangent=u)
+            features = self.features(*inputs)
+            u = random(features)
+            c = theta.gradient(features, cotangent=u)
             ways = (retained, lambda v: self.jvp(v, *inputs))
             for name, jvp in zip(PRODUCTS, ways, strict=True):
                 try:
@@ -543,6 +535,22 @@ class Policy:
                 hint="a weight of the model is nan or infinite, or its dtype overflows",
             )  # fmt: skip
         return head if torch.allclose(logits, by_head, rtol=1e-5, atol=1e-5) else None
+
+
+def elementwise_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the activations of a model, whose slope can be computed once."""
+    return [m for m in model.modules() if type(m) in ELEMENTWISE and not list(m.parameters())]
+
+
+def cache_argument(transformer: torch.nn.Module) -> str:
+    """Return the name under which a model takes a key-value cache; transformers renamed it."""
+    names = signature(transformer.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a layer that recomputes its activations in the backward pass."""
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _enables_checkpointing(model: torch.nn.Module) -> bool:

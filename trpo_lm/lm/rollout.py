@@ -17,7 +17,7 @@ from trpo_lm.core.divergences import categorical_kl, entropy, token_logprobs
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompt
 from trpo_lm.lm.rewards import RewardBatch
-from trpo_lm.lm.shared_prefixes import common_length, padded_tokens
+from trpo_lm.lm.shared_prefixes import common_prompt, padded_tokens
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class Rollout:
                 self.input_ids[:, :-width], self.attention_mask[:, :-width], strict=True
             )
         }
-        alike = common_length(prompts)  # of several prompts, each keeps a token of its own
-        return alike if len(prompts) == 1 else min(alike, min(map(len, prompts)) - 1)
+        return common_prompt(prompts)
 
     def micro_batches(
         self, tokens: int, rows: Tensor | None = None, *, shared: bool = False

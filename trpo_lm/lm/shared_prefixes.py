@@ -60,6 +60,15 @@ def common_length(sequences: Collection[tuple[int, ...]]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
+def common_prompt(prompts: Collection[tuple[int, ...]]) -> int:
+    """Return the tokens that all prompts begin with; of several, each keeps its last for itself.
+
+    The output at a prompt's last token is a state, which no other prompt has.
+    """
+    alike = common_length(prompts)
+    return alike if len(set(prompts)) == 1 else min(alike, min(map(len, prompts)) - 1)
+
+
 def padded_tokens(
     rows: int, prompts: int, common: int, prompt: int, completion: int, *, shared: bool = True
 ) -> int:
@@ -101,9 +110,7 @@ def share_prefixes(ids: Tensor, mask: Tensor, states: Tensor) -> Shared | None:
         completions.append(tokens[at[0] + 1 : at[-1] + 1])
         later.append([i - at[0] - 1 for i in at[1:]])
     distinct = list(dict.fromkeys(prompts))
-    common = common_length(distinct)
-    if len(distinct) > 1:  # every prompt keeps a token, whose output is a state
-        common = min(common, min(map(len, distinct)) - 1)
+    common = common_prompt(distinct)
     rests = [prompt[common:] for prompt in distinct]
     rest, longest = max(map(len, rests)), max(map(len, completions))
     plain = len(prompts) * (common + rest + longest)

@@ -14,7 +14,7 @@ import torch
 
 from trpo_lm.config import Limits
 from trpo_lm.lm.mdp import TokenMDP, ignored_sampling
-from trpo_lm.lm.objective import FEWEST, FISHER_SHARE, choose_product
+from trpo_lm.lm.objective import choose_product, completions_in_fisher
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
@@ -112,7 +112,7 @@ def product_notes(policy: Policy, settings: Settings) -> list[str]:
     if "fisher_completions" not in settings:
         return []
     completions = settings["prompts_per_update"] * settings["completions_per_prompt"]
-    rows = settings["fisher_completions"] or max(FEWEST, math.ceil(completions * FISHER_SHARE))
+    rows = math.ceil(completions_in_fisher(settings["fisher_completions"], completions))
     each = math.ceil(min(rows, completions) / settings["world_size"])
     lengths = torch.full((each,), settings["max_completion_length"])
     kind, why = choose_product(policy, lengths)

@@ -17,14 +17,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,8 +43,14 @@ from trpo_lm.lm.loading import (
 )
 from trpo_lm.lm.mdp import GENERATE_ROWS
 from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fastest, measured_costs
-from trpo_lm.lm.objective import CACHED_CHUNKS, FEWEST, FISHER_SHARE, SCORES
-from trpo_lm.lm.policy import CHUNK_ELEMENTS, CHUNK_STATES, ELEMENTWISE
+from trpo_lm.lm.objective import CACHED_CHUNKS, FEWEST, SCORES, completions_in_fisher
+from trpo_lm.lm.policy import (
+    CHUNK_ELEMENTS,
+    CHUNK_STATES,
+    cache_argument,
+    elementwise_modules,
+    recomputed,
+)
 from trpo_lm.lm.prompts import encode_prompt, load_prompts
 from trpo_lm.report.format import number
 
@@ -399,8 +404,7 @@ def _costs(
 ) -> dict[str, Cost]:  # fmt: skip
     """Measure the passes of a `Policy` on the meta device."""
     body = base.base_model if linear_head else base
-    arguments = signature(base.base_model.forward).parameters  # renamed by transformers
-    argument = "cache" if "cache" in arguments else "past_key_values"
+    argument = cache_argument(base.base_model)
     cached: list[float] = []
 
     def outputs(n: int) -> Any:
@@ -417,18 +421,16 @@ def _costs(
         with _Fused():
             return outputs(n)
 
-    activations = [m for m in base.modules() if type(m) in ELEMENTWISE and not list(m.parameters())]
+    activations = elementwise_modules(base)
 
     def linearised(n: int) -> Any:
         with twice_differentiable(), linearised_activations(activations):
             return outputs(n)
 
-    def recomputed(n: int) -> Any:
+    def checkpointed(n: int) -> Any:
         blocks = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
         for m in blocks:
-            m.forward = lambda *a, forward=m.forward, **k: checkpoint(
-                forward, *a, use_reentrant=False, preserve_rng_state=False, **k
-            )
+            m.forward = partial(recomputed, m.forward)
         try:
             return plain(n)
         finally:
@@ -437,7 +439,7 @@ def _costs(
 
     graphs = {"plain": plain, "linearised": linearised}
     if args.gradient_checkpointing:
-        graphs["recomputed"] = recomputed
+        graphs["recomputed"] = checkpointed
     try:
         plain(8)
         context = getattr(config, "max_position_embeddings", None)
@@ -544,8 +546,8 @@ class _Run:
         """Return what products take, made as `BatchObjective.fisher` would make them."""
         wanted, M = self.algorithm.fisher_completions, 4.0 * s.trainable
         T, V = self.args.max_completion_length, s.vocabulary
-        share = max(FEWEST / self.processes, N * FISHER_SHARE)
-        rows = min(N, math.ceil(share if wanted is None else wanted / self.processes))
+        share = completions_in_fisher(wanted, N * self.processes) / self.processes
+        rows = min(N, math.ceil(share))
         fits = room.holds("fisher", rows * length, length)
         while not (fits and s.exact) and wanted is None and rows > FEWEST / self.processes:
             rows = math.ceil(rows / 2)
