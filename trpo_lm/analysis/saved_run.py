@@ -7,6 +7,9 @@ function has to be passed again.
 
 from __future__ import annotations
 
+import numbers
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -14,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftConfig
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trpo_lm.analysis.probe import probe
@@ -31,17 +32,22 @@ from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.statistics import bootstrap_interval
-from trpo_lm.storage import Row, read_json_lines
-from trpo_lm.training.assembly import assemble, make_rewards
-from trpo_lm.training.best import load_best
+from trpo_lm.storage import Row, writable_folder
+from trpo_lm.training.assembly import Parts, assemble, digests, make_rewards, reward_digests
+from trpo_lm.training.checkpoint import load_tensors
 from trpo_lm.training.folder import (
     ADAPTER,
     CRITIC,
+    SETTINGS,
     RunFolder,
     Settings,
     checkpoint_order,
+    disk_fault,
     load_settings,
+    temporary,
 )
+from trpo_lm.training.manifest import MANIFEST, Manifest, damaged, read_manifest, verify
+from trpo_lm.training.state import shapes
 
 
 @dataclass(frozen=True)
@@ -82,32 +88,38 @@ def open_run(
         bf16: Whether the base is loaded in bfloat16; default: as in the run.
 
     Raises:
-        TrpoLMError: If there is no such run or policy, or a model it was made from is missing.
+        TrpoLMError: If there is no such run or policy, a file of it is damaged, or a model it was
+            made from is missing or is not the one it was.
     """
     run = RunFolder(folder)
     saved = _saved_policy(run, checkpoint)
-    settings = _settings(run)
-    args = TrainerConfig(**{name: settings[name] for name in describe(TrainerConfig())})
+    manifest = read_manifest(saved)
+    # The folder of a run that goes on has settings and a card of its own.
+    verify(saved, manifest, spare=frozenset({SETTINGS, run.card.name} if saved == run.path else ()))
+    settings, args = _settings(saved, manifest)
     args = replace(args, bf16=args.bf16 if bf16 is None else bf16, gradient_checkpointing=False)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     rewards = _rewards(settings, args, reward, device)
-    valued = reward is None and rewards is not None and (saved / CRITIC).is_file()
-    with_tokenizer = (run.path / "tokenizer_config.json").is_file()
+    valued = reward is None and rewards is not None and CRITIC in manifest.files
     parts = assemble(
         settings["model"],
         rewards or Rewards(abstain),
         args if valued else replace(args, critic="none"),
         device=device,
         peft_config=_adapter(settings, saved),
-        tokenizer=load_tokenizer(str(run.path)) if with_tokenizer else None,
+        tokenizer=_tokenizer(run),
     )
-    parts.policy.load(load_file(saved / ADAPTER), where=str(saved))
+    _require_same_models(settings, parts, saved)
+    parts.policy.load(load_tensors(saved / ADAPTER), where=str(saved))
     if valued:
-        parts.critic.load(load_file(saved / CRITIC))
+        critic = load_tensors(saved / CRITIC)
+        if shapes(critic) != shapes(parts.critic.state()):
+            raise damaged(saved, CRITIC, "does not fit the critic")
+        parts.critic.load(critic)
     return FinishedRun(
         run.path,
         checkpoint,
-        _update(run, checkpoint),
+        manifest.update,
         settings,
         parts.policy,
         parts.mdp,
@@ -219,11 +231,9 @@ def merge(run: FinishedRun, out: str | Path) -> None:
 
     Raises:
         TrpoLMError: If the folder holds something.
-        RunFault: If the merged model's logits differ from the policy's.
+        RunFault: If the merged model's logits differ from the policy's, or the disk is full.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TrpoLMError(f"{out} exists and is not empty", where="out", hint="name a new folder")
+    out = writable_folder(Path(out).resolve(), new=True, where="out")
     policy = run.policy
     probe_text = policy.probe_inputs()
     with torch.no_grad():
@@ -236,9 +246,15 @@ def merge(run: FinishedRun, out: str | Path) -> None:
             hint="keep the adapter: peft loads it (an adapted output layer that shares its weights "
             "with the embedding cannot be merged)",
         )  # fmt: skip
-    with quiet_loading():
-        model.save_pretrained(str(out))
-    run.mdp.tokenizer.save_pretrained(str(out))
+    new = temporary(out)
+    try:
+        with quiet_loading():
+            model.save_pretrained(str(new))
+        run.mdp.tokenizer.save_pretrained(str(new))
+        os.rename(new, out)  # in place of the empty one
+    except Exception as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise disk_fault(error, out) from error
 
 
 # ---------------------------------------------------------------- parts of opening
@@ -248,41 +264,78 @@ def _saved_policy(run: RunFolder, checkpoint: str) -> Path:
     """Return the folder that holds the adapter of a checkpoint."""
     places = {"last": run.path, "best": run.best}
     places |= {str(checkpoint_order(path)[0]): path for path in reversed(run.checkpoints())}
-    there = [name for name, place in places.items() if (place / ADAPTER).is_file()]
+    there = [name for name, place in places.items() if (place / MANIFEST).is_file()]
     if checkpoint not in there:
         raise TrpoLMError(
             f"there is no policy {checkpoint!r}; there are {', '.join(there) or 'none'}",
             where=str(run.path),
-            hint="name the folder of a finished run, and with --checkpoint one of its policies",
+            hint="name the folder of a finished run, and with --checkpoint one of its policies; "
+            "--resume_from_checkpoint auto finishes a run that was stopped",
         )
     return places[checkpoint]
 
 
-def _update(run: RunFolder, checkpoint: str) -> int:
-    """Return the number of updates behind a policy."""
-    if checkpoint == "best":
-        return load_best(run.best).update
-    if checkpoint != "last":
-        return int(checkpoint)
-    return max((row["update"] for row in read_json_lines(run.metrics)), default=0)
-
-
-def _settings(run: RunFolder) -> Settings:
-    """Read the settings of a run of this version."""
+def _settings(saved: Path, manifest: Manifest) -> tuple[Settings, TrainerConfig]:
+    """Return the settings that a policy was trained with, of a run of this version."""
+    noted = manifest.facts.get("settings")
+    settings = noted if isinstance(noted, dict) else load_settings(saved)
+    names = describe(TrainerConfig())
+    needed = {"model", "reference", "reward_models", "reward_funcs", "digests", *names}
     try:
-        settings = load_settings(run.path)
-        if settings.keys() >= {"model", "reference", "reward_models", *describe(TrainerConfig())}:
-            return settings
-        reason = "they are not those of a run of this version"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        if not settings.keys() >= needed:
+            raise TypeError("they are not those of a run of this version")
+        kinds = {"model": str, "reference": str, "reward_funcs": list, "digests": dict}
+        sources, budget = settings["reward_models"], settings.get("max_ref_kl")
+        if (
+            any(not isinstance(settings[name], kind) for name, kind in kinds.items())
+            or any(s is not None and not isinstance(s["model"], str) for s in sources)
+            or any(s is not None and "label" not in s for s in sources)
+            or not (budget is None or isinstance(budget, numbers.Real))
+            or any(not isinstance(settings.get(n, 1.0), numbers.Real) for n in ("gamma", "lam"))
+        ):
+            raise TypeError("a value is of another type")
+        return settings, TrainerConfig(**{name: settings[name] for name in names})
+    except (TypeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-    raise TrpoLMError(f"the settings of the run cannot be used: {reason}", where=str(run.settings))
+    what = f"the settings of the run cannot be used: {reason}"
+    raise TrpoLMError(what, where=str(saved / (MANIFEST if noted else SETTINGS)))
+
+
+def _tokenizer(run: RunFolder) -> Any:
+    """Return the tokenizer that a finished run wrote; None if it did not finish."""
+    if not (run.path / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(run.path)
+    if "tokenizer_config.json" not in manifest.files:
+        return None
+    verify(run.path, manifest, spare=frozenset(n for n in manifest.files if "token" not in n))
+    return load_tokenizer(str(run.path))
+
+
+def _require_same_models(settings: Settings, parts: Parts, saved: Path) -> None:
+    """Raise if base, reference or reward models are not those that the run was trained on."""
+    then, now = settings["digests"], digests(parts)
+    differ = [name for name in ("base", "reference") if then.get(name) != now[name]]
+    if differ:
+        raise TrpoLMError(
+            f"{settings['model']!r} is not the model that the run was trained on: another "
+            f"{' and another '.join(differ)} (digest {now[differ[0]]}, then {then.get(differ[0])})",
+            where=str(saved),
+            hint="its files changed since, or it was changed in memory before training; the run "
+            "can be opened only with the weights it was trained on under that name",
+        )
 
 
 def _adapter(settings: Settings, saved: Path) -> PeftConfig | None:
     """Return the adapter that the run added to its model; None where the model came with one."""
     if settings["reference"] != "adapter":
-        adapter = PeftConfig.from_pretrained(str(saved))
+        try:
+            adapter = PeftConfig.from_pretrained(str(saved))
+        except Exception as error:  # whatever a malformed file does to peft
+            raise TrpoLMError(
+                f"the adapter's settings cannot be used: {type(error).__name__}: {error}",
+                where=str(saved / "adapter_config.json"),
+            ) from error
         adapter.inference_mode = False
         return adapter
     if not (Path(settings["model"]) / "adapter_config.json").is_file():
@@ -309,7 +362,16 @@ def _rewards(
     options = {"prefix_stride": args.prefix_stride, "device": device}
     with quiet_loading():
         models = [RewardModel(s["model"], label=s["label"], **options) for s in sources]
-    return make_rewards(models, None, plain, device)
+    rewards = make_rewards(models, None, plain, device)
+    then = settings["digests"].get("rewards")
+    if then != (now := reward_digests(rewards)):
+        raise TrpoLMError(
+            f"the reward models are not those that the run was trained on (digests {now}, then "
+            f"{then})",
+            where=", ".join(source["model"] for source in sources),
+            hint="their files changed since; pass the reward that you mean",
+        )
+    return rewards
 
 
 def _interval(values: Tensor) -> list[float] | None:

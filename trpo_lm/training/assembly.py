@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from trpo_lm.config import TrainerConfig, describe
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.critic import Critic, make_critic
+from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
 from trpo_lm.lm.loading import load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
@@ -208,9 +209,46 @@ def run_settings(
         "world_size": processes,
         "reference": "adapter" if policy.came_with_adapter else "base model",
         "reward_models": [_source(function) for function in rewards.functions],
+        "digests": digests(parts),
         **describe(args),
         **describe(algorithm),
     }
+
+
+def digests(parts: Parts) -> Settings:
+    """Return what a run is trained on, as `identity` sees it; before the first update.
+
+    base         the frozen model
+    reference    the base, or the base below the adapter that the model came with
+    tokenizer
+    rewards      reward models; None for a function
+    """
+    policy = parts.policy
+    base = reference = base_digest(policy.model)
+    if policy.came_with_adapter:
+        adapter = ((str(i), p) for i, p in enumerate(policy.parameters.tensors))
+        reference = f"{base}+{tensors_digest(adapter)}"
+    return {
+        "base": base,
+        "reference": reference,
+        "tokenizer": tokenizer_digest(parts.tokenizer),
+        "rewards": reward_digests(parts.rewards),
+    }
+
+
+def reward_digests(rewards: Rewards) -> list[str | None]:
+    """Return the digest of each reward model; None for a function."""
+    return [base_digest(f.model) if isinstance(f, RewardModel) else None for f in rewards.functions]
+
+
+def unsaved_model_note(model: Any, policy: Policy) -> str | None:
+    """Say if a model was passed as an object that no files under its name equal."""
+    if isinstance(model, str) or equals_files(policy.model, policy.name):
+        return None
+    return (
+        f"the model is an object, and no files under its name, {policy.name!r}, equal it: to open "
+        "this run again, save the model first and train it from its folder"
+    )
 
 
 def _adapter_settings(policy: Policy) -> Settings:

@@ -1,0 +1,163 @@
+"""Finished means finished: a run that dies at any file operation is whole after the next start.
+
+Cases B50, B51 and B52. `every_operation` by hand goes through all of them:
+
+    PYTHONPATH=tests python tests/training/test_finished.py [new | longer] [killed | full]
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import disk
+import pytest
+import runs
+import torch
+from runs import in_child, trainer
+
+from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.training.folder import load_settings
+from trpo_lm.training.manifest import read_manifest, verify
+
+SETTINGS = {
+    "updates": 2, "prompts_per_update": 2, "completions_per_prompt": 1,
+    "max_completion_length": 3, "evals": runs.HELD_OUT[:1], "eval_steps": 1, "save_steps": 1,
+    "save_total_limit": 1,
+}  # fmt: skip
+OUTCOME = {
+    "adapter_model.safetensors", "adapter_config.json", "value_head.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "config.yaml", "README.md",
+}  # fmt: skip
+
+
+def start(folder, **options):
+    options = SETTINGS | {"resume_from_checkpoint": "auto"} | options
+    return trainer(folder, **options).train()
+
+
+def prepared(folder, scene):
+    """A folder as the scene finds it: empty, or of a finished run that is made longer."""
+    if scene == "longer":
+        start(folder, updates=1)
+    return folder
+
+
+def assert_whole(folder, straight):
+    """The folder holds the outcome of the straight run, and each file agrees with its manifest."""
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    assert manifest.update == 2 and manifest.files.keys() == OUTCOME
+    for name in OUTCOME - {"README.md", "config.yaml", "adapter_config.json"}:  # sets, in any order
+        assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
+    assert (folder / "held_out.jsonl").read_bytes() == (straight / "held_out.jsonl").read_bytes()
+    runs.assert_same_end(folder, straight, 2)
+    one, other = ({**load_settings(f), "output_dir": ""} for f in (folder, straight))
+    assert one == other
+    verify(folder / "best", read_manifest(folder / "best"))
+    bests = [json.loads((f / "best" / "best.json").read_text()) for f in (folder, straight)]
+    assert bests[0] == bests[1]
+    one, other = runs.tensors(folder / "best"), runs.tensors(straight / "best")
+    assert one and all(torch.equal(one[key], other[key]) for key in other)
+
+
+def set_clock_back(folder):
+    """Give every file the time that a clock gone wrong would: newer ones are older."""
+    files = sorted(folder.rglob("*"), key=lambda p: p.stat().st_mtime_ns)
+    for age, file in enumerate(files):
+        os.utime(file, (1e9 - age, 1e9 - age))
+
+
+def operations(folder, scene):
+    """Return the kind of each file operation of a start of the scene."""
+    folder = prepared(folder, scene)
+    with disk.Operations(folder) as counted:
+        start(folder)
+    return counted.names
+
+
+def killed_at(folder, scene, k, straight):
+    """Kill a start at its k-th operation, set the clock back, start again."""
+    folder = prepared(folder, scene)
+
+    def run():
+        with disk.Operations(folder, at=k):
+            start(folder)
+
+    code = in_child(run)
+    assert code in (-9, 0), code
+    set_clock_back(folder)
+    start(folder)
+    assert_whole(folder, straight)
+
+
+def full_from(folder, scene, k, straight):
+    """Fill the disk at the k-th operation of a start; make room, start again."""
+    folder = prepared(folder, scene)
+    try:
+        with disk.Operations(folder, disk.full, at=k, every=True):
+            start(folder)
+    except RunFault as fault:
+        assert disk.FULL in str(fault), fault
+    except TrpoLMError as error:  # before the run: it cannot write there
+        assert error.where == "output_dir" and disk.FULL in str(error), error
+    set_clock_back(folder)
+    start(folder)
+    assert_whole(folder, straight)
+
+
+ACCIDENTS = {"killed": killed_at, "full": full_from}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    start(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scene", ["new", "longer"])
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_B50_after_an_accident_at_a_file_operation_the_next_start_is_whole(
+    straight, tmp_path, scene, accident, monkeypatch
+):
+    names = operations(tmp_path / "all", scene)
+    assert len(names) > 150
+    ends = [len(names) - back for back in (0, 1, 2, 5, 9, 14)]  # the outcome is published there
+    for k in sorted({*ends, *random.Random(scene + accident).sample(range(1, len(names)), 6)}):
+        folder = tmp_path / f"{k}"
+        ACCIDENTS[accident](folder, scene, k, straight)
+        shutil.rmtree(folder)
+
+
+def every_operation(scene, accident, root):
+    """Go through all of them; print what fails."""
+    os.fsync = lambda descriptor: None
+    straight = root / "straight"
+    start(straight)
+    base = prepared(root / "base", scene) if scene == "longer" else None
+    names = operations(root / "all", scene)
+    failed, begun = 0, time.time()
+    for k in range(1, len(names) + 1):
+        folder = root / f"{k}"
+        if base:
+            shutil.copytree(base, folder)
+        try:
+            ACCIDENTS[accident](folder, "new", k, straight)
+        except BaseException as error:
+            failed += 1
+            print(f"{k} {names[k - 1]}: {type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
+    print(f"{scene} {accident}: {len(names)} operations, {failed} failed, "
+          f"{time.time() - begun:.0f} s", file=sys.stderr)  # fmt: skip
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    every_operation(sys.argv[1], sys.argv[2], Path(tempfile.mkdtemp()))
