@@ -65,13 +65,13 @@ class Operations:
 
         def opened(path, mode="r", *args, **options):
             if set(mode) & set("wax+") and self._below(path):
-                self.point("open")
+                self.point("reopen" if os.path.exists(path) else "open")
                 return _File(real_open(path, mode, *args, **options), self.point)
             return real_open(path, mode, *args, **options)
 
         def os_opened(path, flags, *args, **options):
             if flags & CHANGING and self._below(path):
-                self.point("open")
+                self.point("reopen" if os.path.exists(path) else "open")
             return real_os_open(path, flags, *args, **options)
 
         self._patch(builtins, "open", opened)

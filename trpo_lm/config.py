@@ -8,6 +8,8 @@ classes into flags. `TRPO` and `PPO` (trpo.py, ppo.py) are the settings below pl
 from __future__ import annotations
 
 import math
+import numbers
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -31,13 +33,19 @@ def _check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
 
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return (
+        isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    )
 
 
 def _number(
     value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        value = float(value)
+    except OverflowError:
         return False
     return math.isfinite(value) and value > above and least <= value <= most
 
@@ -285,4 +293,15 @@ class TrainerConfig:
 
 def describe(settings: Any) -> dict[str, Any]:
     """Return the fields of a settings dataclass as plain JSON values."""
-    return {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)}
+
+
+def _plain(value: Any) -> Any:
+    """Return paths as text, and numbers of other libraries as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

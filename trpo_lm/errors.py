@@ -24,13 +24,11 @@ class TrpoLMError(ValueError):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
-        what, where, hint = (
-            text if text is None else str(text).translate(_UNPRINTABLE)
-            for text in (what, where, hint)
-        )  # fmt: skip
-        self.what, self.where, self.hint = str(what), where, hint
+        where, hint = (t if t is None else str(t).translate(_UNPRINTABLE) for t in (where, hint))
+        self.what = what = str(what).translate(_UNPRINTABLE)
+        self.where, self.hint = where, hint
         text = what if where is None else f"{what} ({where})"
-        super().__init__(str(text) if hint is None else f"{text}\nhint: {hint}")
+        super().__init__(text if hint is None else f"{text}\nhint: {hint}")
 
 
 class RunFault(TrpoLMError):

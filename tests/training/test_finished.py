@@ -8,6 +8,7 @@ Cases B50, B51 and B52. `every_operation` by hand goes through all of them:
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -16,10 +17,13 @@ from pathlib import Path
 import disk
 import pytest
 import runs
+import tiny
 import torch
 from runs import in_child, trainer
 
+from trpo_lm.analysis.saved_run import open_run
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.training import folder as run_folder
 from trpo_lm.training.folder import load_settings
 from trpo_lm.training.manifest import read_manifest, verify
 
@@ -48,7 +52,7 @@ def prepared(folder, scene):
 
 def assert_whole(folder, straight):
     """The folder holds the outcome of the straight run, and each file agrees with its manifest."""
-    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     manifest = read_manifest(folder)
     verify(folder, manifest)
     assert manifest.update == 2 and manifest.files.keys() == OUTCOME
@@ -123,15 +127,112 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("scene", ["new", "longer"])
 @pytest.mark.parametrize("accident", ACCIDENTS)
 def test_B50_after_an_accident_at_a_file_operation_the_next_start_is_whole(
-    straight, tmp_path, scene, accident, monkeypatch
+    straight, tmp_path, scene, accident
 ):
     names = operations(tmp_path / "all", scene)
     assert len(names) > 150
-    ends = [len(names) - back for back in (0, 1, 2, 5, 9, 14)]  # the outcome is published there
-    for k in sorted({*ends, *random.Random(scene + accident).sample(range(1, len(names)), 6)}):
+    ends = [len(names) - back for back in (0, 2, 6, 12)]  # the outcome is published there
+    for k in sorted({*ends, *random.Random(scene + accident).sample(range(1, len(names)), 3)}):
         folder = tmp_path / f"{k}"
         ACCIDENTS[accident](folder, scene, k, straight)
         shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------- B51: weights know their update
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A model on the disk, and a run of three updates that began from its name."""
+    tiny.build().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    options = {"model": str(tmp_path / "model"), "save_total_limit": 9}
+    start(tmp_path / "run", updates=3, **options)
+    return tmp_path / "run", options
+
+
+def test_B51_a_finished_run_that_was_extended_and_killed_reports_its_own_update(named):
+    folder, options = named
+    checksums = {row["update"]: row["policy/checksum"] for row in runs.rows(folder)}
+
+    def longer():
+        start(folder, updates=9, reward=runs.Killer(calls=6), **options)
+
+    assert in_child(longer) == -9
+    assert len(runs.rows(folder)) > 3
+    for shift in (0, -1e6):  # whatever the clock says
+        for file in folder.rglob("*.safetensors"):
+            os.utime(file, (1e9 + shift, 1e9 + shift))
+        run = open_run(folder, reward=runs.score)
+        assert run.update == 3 and run.settings["updates"] == 3
+        assert run.policy.parameters.checksum() == checksums[3]
+    for name in ("best", "4"):
+        run = open_run(folder, name, reward=runs.score)
+        assert run.policy.parameters.checksum() == checksums[run.update]
+
+
+@pytest.mark.parametrize(
+    ("policy", "file"),
+    [
+        ("last", "adapter_model.safetensors"), ("last", "value_head.safetensors"),
+        ("last", "tokenizer.json"), ("last", "adapter_config.json"),
+        ("best", "adapter_model.safetensors"), ("best", "best.json"),
+        ("best", "value_head.safetensors"), ("2", "adapter_model.safetensors"),
+        ("2", "config.yaml"),
+    ],
+)  # fmt: skip
+def test_B51_weights_that_are_not_those_of_their_record_are_refused(named, policy, file):
+    folder, _ = named
+    place = folder / {"last": ".", "best": "best", "2": "checkpoint-000002"}[policy] / file
+    content = bytearray(place.read_bytes())
+    content[-2] ^= 1
+    place.write_bytes(content)
+    with pytest.raises(TrpoLMError, match=re.escape(file)):
+        open_run(folder, policy, reward=runs.score)
+
+
+def test_B51_a_run_that_starts_over_does_not_keep_the_old_outcome(tmp_path):
+    start(tmp_path)
+    trainer(tmp_path, **SETTINGS, seed=1, overwrite_output_dir=True).archive.prepare(0, None)
+    assert not (tmp_path / "MANIFEST.json").exists()
+
+
+# ---------------------------------------------------------------- B52: rows 1 to the update
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda lines: lines[:-1] + [lines[-1][:20]], "lacks update 2"),  # torn
+        (lambda lines: lines[1:], "lacks update 1"),
+        (lambda lines: [], "lacks updates 1, 2"),
+        (lambda lines: [lines[0], *lines], "repeats update 1"),
+        (lambda lines: [*lines, lines[1].replace(b": 2,", b": 7,", 1)], None),
+        (lambda lines: [*lines, b"{"], None),
+    ],
+)
+def test_B52_rows_that_are_missing_are_told_and_no_others_stay(tmp_path, capsys, damage, told):
+    start(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b"\n".join(damage(log.read_bytes().splitlines())))
+    start(tmp_path, updates=3)
+    out = capsys.readouterr().out
+    assert f"metrics.jsonl {told}" in out if told else "metrics.jsonl lacks" not in out
+    assert {row["update"] for row in runs.rows(tmp_path)} <= {1, 2, 3}
+    if told is None:
+        assert [row["update"] for row in runs.rows(tmp_path)] == [1, 2, 3]
+
+
+def test_B52_lines_are_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    done = []
+    sync, rename = run_folder.sync, os.rename
+    monkeypatch.setattr(run_folder, "sync", lambda path: (done.append(path.name), sync(path)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append(Path(b).name), rename(a, b)))
+    start(tmp_path)
+    for update in (1, 2):
+        name = f"checkpoint-00000{update}"
+        assert {"metrics.jsonl", "completions.jsonl"} <= set(done[: done.index(name)])
+        done = done[done.index(name) + 1 :]
 
 
 def every_operation(scene, accident, root):

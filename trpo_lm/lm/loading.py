@@ -33,11 +33,11 @@ def load_model(name: str, *, bf16: bool = False) -> PreTrainedModel | PeftModel:
             model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_SAFE)
             return PeftModel.from_pretrained(model, name, is_trainable=True)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_SAFE)
-    except (OSError, ValueError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    except Exception as error:  # whatever a malformed file does to the libraries
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name)
         reason = " not found locally and HF_HUB_OFFLINE=1" if offline else " cannot be loaded"
         raise TrpoLMError(
-            f"model {name!r}{reason}: {str(error).splitlines()[0]}",
+            f"model {name!r}{reason}: {_first_line(error)}",
             where="model",
             hint="give a folder that holds config.json and model.safetensors, or a hub id",
         ) from error
@@ -51,11 +51,16 @@ def load_tokenizer(name: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(name, **_SAFE)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise TrpoLMError(
-            f"no tokenizer for {name!r}: {str(error).splitlines()[0]}", where="processing_class",
+            f"no tokenizer for {name!r}: {_first_line(error)}", where="processing_class",
             hint="pass processing_class=AutoTokenizer.from_pretrained(...)",
         ) from error  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, or the error's type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager

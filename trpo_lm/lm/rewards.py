@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.guest import Guest
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.reward_workers import RemoteFailure, Worker, call, collect_metric
 
@@ -162,6 +163,7 @@ class Rewards:
             for f, weight in zip(self.functions, self.weights, strict=True)
             if weight
         )
+        self._guest = Guest()
         self._workers: dict[int, Worker] = {}
         self._start_workers()
 
@@ -315,7 +317,8 @@ class Rewards:
             for k in remote:
                 self._workers[k].ask(keywords[k], self.timeout or math.inf)
             local = [k for k in keywords if k not in self._workers]
-            answers = call([(self.functions[k], keywords[k]) for k in local])
+            with self._guest(f"reward {', '.join(repr(self.names[k]) for k in local)}"):
+                answers = call([(self.functions[k], keywords[k]) for k in local])
             results = dict(zip(local, answers, strict=True))
             for k in remote:
                 results[k], remote_metrics = self._workers[k].answer()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +103,14 @@ def make_rewards(
     Raises:
         TrpoLMError: If one cannot be used, or asks for a column that the data lacks.
     """
+    many = isinstance(reward_funcs, list | tuple)
+    given = [
+        os.fspath(f) if isinstance(f, os.PathLike) else f
+        for f in (reward_funcs if many else [reward_funcs])
+    ]
     with quiet_loading():
         rewards = Rewards(
-            reward_funcs,
+            given,
             args.reward_weights,
             on_bad_reward=args.on_bad_reward,
             timeout=args.reward_timeout,

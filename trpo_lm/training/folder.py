@@ -314,8 +314,11 @@ def _locked(path: Path) -> Iterator[TextIO]:
 def lock_holder(folder: Path) -> int | None:
     """Return the pid of the living process that holds a folder's lock, if there is one."""
     try:
-        pid = int(read_file(folder / ".lock", largest=100))
+        content = read_file(folder / ".lock", largest=100)
+        pid = int(content) if content.endswith(b"\n") else 0  # else its writer was killed
     except ValueError:  # TrpoLMError is one
+        return None
+    if pid <= 0:
         return None
     try:
         os.kill(pid, 0)
@@ -323,4 +326,4 @@ def lock_holder(folder: Path) -> int | None:
         return pid
     except (OSError, OverflowError):
         return None
-    return pid if pid > 0 else None
+    return pid

@@ -184,8 +184,8 @@ def require_same_settings(saved: Settings, current: Settings, allowed: set[str])
     Raises:
         TrpoLMError: With a table of every other difference.
     """
-    then = _flat(saved)
-    now = _flat(yaml.safe_load(yaml.safe_dump(current)))
+    then = flat(saved)
+    now = flat(yaml.safe_load(yaml.safe_dump(current)))
     rows = [
         (key, *(repr(side[key]) if key in side else "(absent)" for side in (then, now)))
         for key in {**then, **now}
@@ -205,12 +205,12 @@ def require_same_settings(saved: Settings, current: Settings, allowed: set[str])
     )
 
 
-def _flat(settings: Settings) -> Settings:
+def flat(settings: Settings) -> Settings:
     """Return {'a.b': value} of nested settings."""
-    flat: Settings = {}
+    pairs: Settings = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            flat |= {f"{key}.{name}": inner for name, inner in _flat(value).items()}
+            pairs |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
         else:
-            flat[key] = value
-    return flat
+            pairs[key] = value
+    return pairs

@@ -13,6 +13,7 @@ update fails or is interrupted half-way, the last one is restored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -51,7 +52,7 @@ from trpo_lm.training.memory import MicroBatch
 from trpo_lm.training.metrics import Evaluation
 from trpo_lm.training.ranks import Ranks, SharedFault
 from trpo_lm.training.stages import Stages
-from trpo_lm.training.state import TrainState, restore, snapshot
+from trpo_lm.training.state import TrainState, flat, restore, snapshot
 
 
 class Trainer:
@@ -96,6 +97,7 @@ class Trainer:
         plots: bool = True,
     ):
         self.args = args = args or TrainerConfig()
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.stage = Stages()
         self.ranks = Ranks(args.ddp_timeout, self.stage)
         self.display: Display = display or Console(self.ranks.main, args.updates)
@@ -119,6 +121,9 @@ class Trainer:
         settings = assembly.run_settings(
             parts, self.algorithm, args, self.prompts, self.ranks.count
         )
+        held_out = self.eval_prompts and self.eval_prompts.fingerprint()
+        start = {"held_out": held_out, "adapter": self.policy.parameters.checksum()}
+        self.ranks.require_same(flat({**settings, **start}))
         if note := assembly.unsaved_model_note(model, self.policy):
             self.display.note(note)
         self.archive = Archive(args, settings, parts, self.ranks, self.stage, plots=plots)
