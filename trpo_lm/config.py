@@ -22,7 +22,10 @@ def option(default: Any, help: str) -> Any:
 
 
 def _check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
-    """Raise one error that lists every broken rule of `{field: (holds, allowed values)}`."""
+    """Raise one error that lists every broken rule of `{field: (holds, allowed values)}`.
+
+    Paths become text, and numbers of other libraries Python's own.
+    """
     broken = [
         f"{name} = {getattr(settings, name)!r} is not allowed: it must be {allowed}"
         for name, (holds, allowed) in rules.items()
@@ -30,6 +33,8 @@ def _check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
     ]
     if broken:
         raise TrpoLMError("; ".join(broken), where=type(settings).__name__)
+    for f in fields(settings):
+        object.__setattr__(settings, f.name, _plain(getattr(settings, f.name)))  # it is frozen
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -293,15 +298,15 @@ class TrainerConfig:
 
 def describe(settings: Any) -> dict[str, Any]:
     """Return the fields of a settings dataclass as plain JSON values."""
-    return {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)}
+    return {f.name: getattr(settings, f.name) for f in fields(settings)}
 
 
 def _plain(value: Any) -> Any:
-    """Return paths as text, and numbers of other libraries as Python's."""
+    """Return a path as text, and a number of another library as Python's."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return type(value)(_plain(item) for item in value)
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -14,6 +14,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def writable_folder(path: str | Path, *, new: bool = False, where: str = "output
 def writable_file(path: str | Path, *, where: str = "output") -> Path:
     """Return the path of a file for results once it can be written; as `writable_folder`."""
     path = Path(os.path.abspath(os.path.expanduser(path)))
-    writable_folder(path.parent.resolve(), where=where)
+    with suppress(ValueError):  # a NUL in the path: the folder's error says so
+        path = path.parent.resolve() / path.name
+    writable_folder(path.parent, where=where)
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
         what = f"cannot write to {str(path)!r}: it is not a regular file"
         raise TrpoLMError(what, where=where, hint="name another file")

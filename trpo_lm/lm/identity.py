@@ -48,20 +48,19 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def equals_files(model: torch.nn.Module, name: str) -> bool:
-    """Whether the safetensors files of that name, a folder or a cached hub id, hold this model."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    own = _digests(_named_tensors(model))
-    saved: dict[str, str] = {}
+    """Whether the safetensors files of that name, a folder or a cached hub id, hold this model.
+
+    Tensors are compared without their names, which transformers may change on loading.
+    """
+    saved = set()
     try:
         for path in _files(name):
             with safe_open(path, framework="pt") as file:
-                saved |= _digests((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+                tensors = (file.get_tensor(key) for key in file.keys())  # noqa: SIM118
+                saved |= {(tuple(t.shape), _sample(t)) for t in tensors}
     except (OSError, ValueError, SafetensorError):
         return False
-    return bool(saved) and all(
-        digest in {saved.get(key) for key in (name, prefix + name, name.removeprefix(prefix))}
-        for name, digest in own.items()
-    )
+    return all((tuple(t.shape), _sample(t)) in saved for _, t in _named_tensors(model))
 
 
 def _files(name: str) -> list[Path]:
