@@ -175,7 +175,7 @@ class Ranks:
             other = next((r for r, value in enumerate(values) if value != values[0]), None)
             if other is not None:
                 rows.append(
-                    f"\n  {name}: {values[0]:.60} on rank 0, {values[other]:.60} on {other}"
+                    f"\n  {name}: {values[0]:.60} on rank 0, {values[other]:.60} on rank {other}"
                 )
         if rows:
             raise TrpoLMError(

@@ -122,7 +122,7 @@ class Trainer:
             parts, self.algorithm, args, self.prompts, self.ranks.count
         )
         held_out = self.eval_prompts and self.eval_prompts.fingerprint()
-        start = {"held_out": held_out, "adapter": self.policy.parameters.checksum()}
+        start = {"held_out": held_out, "initial_adapter": self.policy.parameters.checksum()}
         self.ranks.require_same(flat({**settings, **start}))
         if note := assembly.unsaved_model_note(model, self.policy):
             self.display.note(note)
