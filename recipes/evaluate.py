@@ -17,6 +17,7 @@ from pathlib import Path
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.storage import replace_file, writable_file
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -64,6 +65,7 @@ def run() -> None:
     for name in ("completions", "prompts"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise TrpoLMError(f"{name} = {getattr(a, name)} must be at least 1", where=name)
+    output = None if a.output is None else writable_file(a.output)
     print(f"evaluating {a.run}: loading torch and transformers ...", flush=True)
 
     from trpo_lm.analysis.saved_run import evaluate, held_out_prompts, open_run
@@ -75,6 +77,7 @@ def run() -> None:
 
     reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
     opened = open_run(a.run, a.checkpoint, reward=reward)
+    output = output or writable_file(opened.folder / "evaluation.json")
     if a.eval_dataset is not None:
         prompts = load_prompts(a.eval_dataset, column=a.prompt_column)
     else:
@@ -110,7 +113,6 @@ def run() -> None:
         console.note(f"budget: {budget} nats per completion from the reference")
     if judge is None:
         console.note("no judge: --judge NAME, a reward model that was not trained on")
-    output = Path(a.output) if a.output else opened.folder / "evaluation.json"
     facts = {
         "checkpoint": a.checkpoint,
         "update": opened.update,
@@ -121,7 +123,7 @@ def run() -> None:
         "judge": judge,
         "max_ref_kl": budget,
     }
-    output.write_text(json.dumps({**facts, **found}, indent=1, allow_nan=False), encoding="utf-8")
+    replace_file(output, json.dumps({**facts, **found}, indent=1, allow_nan=False).encode())
     console.note(f"figures: {output}")
 
 

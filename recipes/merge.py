@@ -11,9 +11,12 @@ the temperature of the training.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.storage import writable_folder
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Arguments:
 def run() -> None:
     """Parse, load, merge, write."""
     (a,) = parse((Arguments,), description=__doc__, positional=("run", "out"))
+    if a.run is None or a.out is None:
+        raise TrpoLMError("a run and a folder for the merged model are needed", where="run, out")
+    writable_folder(Path(a.out).resolve(), new=True, where="out")
     print(f"merging {a.run}: loading torch and transformers ...", flush=True)
 
     from trpo_lm.analysis.saved_run import merge, open_run

@@ -12,10 +12,12 @@ without scripts, a picture, and CSV.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.storage import writable_folder
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,8 @@ class Arguments:
 def run() -> None:
     """Parse, sample, measure, draw."""
     (a,) = parse((Arguments,), description=__doc__, positional=("run",))
+    folder = None if a.output is None else writable_folder(Path(a.output).resolve())
     print(f"looking into {a.run}: loading torch and transformers ...", flush=True)
-
-    from pathlib import Path
 
     from trpo_lm.analysis.saved_run import held_out_prompts, open_run
     from trpo_lm.analysis.token_view import draw_tokens, token_rows
@@ -49,6 +50,7 @@ def run() -> None:
 
     reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
     opened = open_run(a.run, a.checkpoint, reward=reward)
+    folder = folder or writable_folder(opened.folder / "token_view")
     if a.prompt is not None:
         prompts, name = Prompts([a.prompt], {}), "prompt"
     elif (held_out := held_out_prompts(opened)) is not None:
@@ -71,7 +73,6 @@ def run() -> None:
     note = f"{score}KL to the reference {number(sum(r['kl'] for r in rows))} nats"
     note += f" in {len(rows)} tokens"
     print(f"{clean(conversation(rollout.prompts[0]))} |{clean(rollout.completions[0])}\n{note}")
-    folder = Path(a.output) if a.output else opened.folder / "token_view"
     title = f"A completion of the {a.checkpoint} policy (update {opened.update})"
     stem = folder / name
     for path in draw_tokens(rows, stem, title=title, prompt=rollout.prompts[0], note=note):

@@ -8,6 +8,8 @@ classes into flags. `TRPO` and `PPO` (trpo.py, ppo.py) are the settings below pl
 from __future__ import annotations
 
 import math
+import numbers
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -20,7 +22,10 @@ def option(default: Any, help: str) -> Any:
 
 
 def _check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
-    """Raise one error that lists every broken rule of `{field: (holds, allowed values)}`."""
+    """Raise one error that lists every broken rule of `{field: (holds, allowed values)}`.
+
+    Paths become text, and numbers of other libraries Python's own.
+    """
     broken = [
         f"{name} = {getattr(settings, name)!r} is not allowed: it must be {allowed}"
         for name, (holds, allowed) in rules.items()
@@ -28,16 +33,24 @@ def _check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
     ]
     if broken:
         raise TrpoLMError("; ".join(broken), where=type(settings).__name__)
+    for f in fields(settings):
+        object.__setattr__(settings, f.name, _plain(getattr(settings, f.name)))  # it is frozen
 
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return (
+        isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    )
 
 
 def _number(
     value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        value = float(value)
+    except OverflowError:
         return False
     return math.isfinite(value) and value > above and least <= value <= most
 
@@ -455,3 +468,14 @@ class TrainerConfig(ModelSettings):
 def describe(settings: Any) -> dict[str, Any]:
     """Return the fields of a settings dataclass as plain JSON values."""
     return {f.name: getattr(settings, f.name) for f in fields(settings)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a path as text, and a number of another library as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

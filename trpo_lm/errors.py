@@ -5,9 +5,15 @@ A mistake of the user raises `TrpoLMError` before anything is generated; a fault
 print either without a traceback and exit with its `exit_code`.
 """
 
+# Controls but the line end, direction overrides, halves of surrogates: a name may hold any.
+_UNPRINTABLE = dict.fromkeys(
+    [*range(10), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x202A, 0x202F),
+     *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+)  # fmt: skip
+
 
 class TrpoLMError(ValueError):
-    """A mistake in what the user passed.
+    """A mistake in what the user passed; its text can be printed, whatever names it quotes.
 
     Args:
         what: The problem, naming the offending value.
@@ -18,7 +24,9 @@ class TrpoLMError(ValueError):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
-        self.what, self.where, self.hint = what, where, hint
+        where, hint = (t if t is None else str(t).translate(_UNPRINTABLE) for t in (where, hint))
+        self.what = what = str(what).translate(_UNPRINTABLE)
+        self.where, self.hint = where, hint
         text = what if where is None else f"{what} ({where})"
         super().__init__(text if hint is None else f"{text}\nhint: {hint}")
 

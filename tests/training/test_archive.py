@@ -23,11 +23,11 @@ def test_a_full_disk_at_the_end_is_told_and_mended_by_going_on(tmp_path, monkeyp
 def test_S09_a_full_disk_while_an_update_is_recorded_leaves_the_one_before(tmp_path, monkeypatch):
     left = [22]  # lines; eight completions and a row of metrics are an update
 
-    def full(path, mode="r"):
+    def full(path, mode="r", **options):
         left[0] -= mode == "ab"
         if mode == "ab" and left[0] <= 0:
             raise OSError(28, "No space left on device")
-        return open(path, mode)
+        return open(path, mode, **options)
 
     made = trainer(tmp_path, updates=3, save_steps=0)
     with monkeypatch.context() as patch:

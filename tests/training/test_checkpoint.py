@@ -22,13 +22,15 @@ from trpo_lm import storage
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.training import checkpoint
 from trpo_lm.training.checkpoint import (
-    MANIFEST,
     STATE,
     Checkpoint,
     discard_checkpoints,
     load_checkpoint,
+    newest_usable,
+    remove_unfinished,
 )
 from trpo_lm.training.folder import RunFolder
+from trpo_lm.training.manifest import MANIFEST
 from trpo_lm.training.stages import Stages
 
 ALONE = SimpleNamespace(rank=0, count=1, main=True, wait=lambda: None, share=lambda text: text)
@@ -55,7 +57,10 @@ def save(folder, update, value=None, **options):
 
 
 def newest_checkpoint(folder):
-    return checkpoint.newest_checkpoint(RunFolder(folder))
+    """Return the checkpoint that 'auto' takes."""
+    run = RunFolder(folder)
+    remove_unfinished(run)
+    return newest_usable(run.checkpoints(), lambda path: load_checkpoint(path) and path)
 
 
 def names(folder):
@@ -313,8 +318,8 @@ DAMAGE = {
     "empty manifest": (lambda p: (p / MANIFEST).write_text(""), "MANIFEST.json cannot be read"),
     "binary manifest": (lambda p: (p / MANIFEST).write_bytes(b"\xff"), "MANIFEST.json cannot be"),
     "odd manifest": (lambda p: (p / MANIFEST).write_text("[1]"), "MANIFEST.json cannot be read"),
-    "outside": (manifest_lists("../../secret"), "outside the checkpoint"),
-    "absolute": (manifest_lists("/etc/passwd"), "outside the checkpoint"),
+    "outside": (manifest_lists("../../secret"), "outside the folder"),
+    "absolute": (manifest_lists("/etc/passwd"), "outside the folder"),
     "fifo": (fifo, "trainer_state.json is missing"),
     "format": (
         lambda p: (p / MANIFEST).write_text('{"format": 2, "update": 1, "files": {}}'),

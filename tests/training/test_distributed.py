@@ -476,3 +476,40 @@ def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(tmp_path, 
     assert launch(launcher, tmp_path / "run", "none", log) != 0
     assert "launched for several processes, but only one started" in log.read_text()
     assert "torchrun --nproc_per_node N" in log.read_text()
+
+
+# ---------------------------------------------------------------- B55: what the ranks were given
+
+
+def differing(folder, kind):
+    """Start a run that rank 1 was given differently."""
+    rank = int(os.environ["RANK"])
+    options = {"updates": 2, "evals": runs.HELD_OUT}
+    if rank == 1:
+        tokenizer = tiny.tokenizer(chat_template="x") if kind == "tokenizer" else None
+        options |= {
+            "base": {"model": tiny.build(seed=1)}, "adapter": {"peft": tiny.lora(r=2)},
+            "dataset": {"data": [*runs.PROMPTS[:-1], "w1"]}, "updates": {"updates": 3},
+            "save_steps": {"save_steps": 1}, "eval_steps": {"eval_steps": 1},
+            "held_out": {"evals": runs.HELD_OUT[:2]}, "no held_out": {"evals": None},
+            "max_kl": {"algorithm": TRPO(max_kl=0.01)}, "algorithm": {"algorithm": "ppo"},
+            "seed": {"seed": 1},
+        }.get(kind, {})  # fmt: skip
+        if tokenizer is not None:
+            runs.tiny.tokenizer = lambda: tokenizer
+    return trained(trainer(folder, **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("base", "digests.base"), ("adapter", "adapter.r"), ("dataset", "dataset"),
+     ("updates", "updates"), ("save_steps", "save_steps"), ("eval_steps", "eval_steps"),
+     ("held_out", "held_out"), ("no held_out", "held_out"), ("max_kl", "max_kl"),
+     ("algorithm", "algorithm"), ("tokenizer", "digests.tokenizer"), ("seed", "seed")],
+)  # fmt: skip
+def test_B55_ranks_that_were_given_other_things_end_before_the_first_rollout(tmp_path, kind, told):
+    answers = processes.ranks(2, differing, tmp_path, kind)
+    for ok, failure in answers:
+        assert not ok and failure[:2] == ("TrpoLMError", 2), answers
+        assert f"\n  {told}: " in failure[2] and "rank 1" in failure[2]
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -100,17 +100,6 @@ def test_an_update_is_logged_after_its_completions_and_truncation_drops_both(tmp
     assert len(run.completions.read_text().splitlines()) == 4
 
 
-def test_a_run_is_finished_once_its_card_is_no_older_than_its_last_update(tmp_path):
-    run = RunFolder(tmp_path)
-    run.card.touch()
-    assert not run.is_finished()
-    run.append({"update": 1}, [])
-    os.utime(run.metrics, (10, 10))
-    for written, finished in ((9, False), (10, True), (11, True)):
-        os.utime(run.card, (written, written))
-        assert run.is_finished() == finished
-
-
 def test_checkpoints_come_newest_first_and_nothing_else_is_one(tmp_path):
     run = RunFolder(tmp_path)
     for name in ("checkpoint-000002-replaced", "checkpoint-1000000", "checkpoint-best", "plots"):

@@ -81,7 +81,10 @@ def test_another_algorithms_state_is_not_taken_over(tmp_path):
         name: tensor for (_, name), tensor in runs.tensors(tmp_path).items()
     }
     initial = content(state_of(ppo), ppo)[0]["algorithm"]
-    loaded = from_checkpoint(saved, ppo.policy, ppo.critic, ppo.algorithm_state, where=tmp_path)
+    parts = ppo.policy, ppo.critic, ppo.algorithm_state
+    with pytest.raises(TrpoLMError, match="state of its algorithm"):
+        from_checkpoint(saved, *parts, where=tmp_path)
+    loaded = from_checkpoint(saved, *parts, where=tmp_path, same_algorithm=False)
     assert content(loaded, ppo)[0]["algorithm"] == initial
     assert (loaded.update, loaded.completions) == (1, trpo.completions)
 

@@ -7,6 +7,10 @@ function has to be passed again.
 
 from __future__ import annotations
 
+import logging
+import numbers
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -14,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftConfig
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trpo_lm.analysis.probe import probe
@@ -31,17 +33,24 @@ from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.statistics import bootstrap_interval
-from trpo_lm.storage import Row, read_json_lines
-from trpo_lm.training.assembly import assemble, make_rewards
-from trpo_lm.training.best import load_best
+from trpo_lm.storage import Row, read_json_lines, writable_folder
+from trpo_lm.training.assembly import Parts, assemble, digests, make_rewards, reward_digests
+from trpo_lm.training.checkpoint import load_tensors
 from trpo_lm.training.folder import (
     ADAPTER,
     CRITIC,
+    SETTINGS,
     RunFolder,
     Settings,
     checkpoint_order,
+    disk_fault,
     load_settings,
+    temporary,
 )
+from trpo_lm.training.manifest import MANIFEST, Manifest, damaged, read_manifest, verify
+from trpo_lm.training.state import shapes
+
+logger = logging.getLogger(__name__)
 
 # What the settings of a run hold of the trainer's; its adapter has a file of its own.
 _SETTINGS = [name for name in describe(TrainerConfig()) if name not in LORA]
@@ -86,12 +95,16 @@ def open_run(
             values: what an adapter can be merged into.
 
     Raises:
-        TrpoLMError: If there is no such run or policy, or a model it was made from is missing.
+        TrpoLMError: If there is no such run or policy, a file of it is damaged, or a model it was
+            made from is missing or is not the one it was.
     """
     run = RunFolder(folder)
     saved = _saved_policy(run, checkpoint)
-    settings = _settings(run)
-    args = TrainerConfig(**{name: settings[name] for name in _SETTINGS})
+    manifest = read_manifest(saved) if os.path.lexists(saved / MANIFEST) else None
+    if manifest is not None:  # the folder of a run that goes on has settings and a card of its own
+        spare = {SETTINGS, run.card.name} if saved == run.path else set()
+        verify(saved, manifest, spare=frozenset(spare))
+    settings, args = _settings(run, saved, manifest)
     args = replace(args, gradient_checkpointing=False)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = settings["model"]
@@ -100,23 +113,27 @@ def open_run(
             model = load_model(model, args, device=device, plain=True)
         args = replace(args, **describe(ModelSettings()))  # they cannot apply once more
     rewards = _rewards(settings, args, reward, device)
-    valued = reward is None and rewards is not None and (saved / CRITIC).is_file()
-    with_tokenizer = (run.path / "tokenizer_config.json").is_file()
+    files = manifest.files if manifest else {path.name for path in saved.iterdir()}
+    valued = reward is None and rewards is not None and CRITIC in files
     parts = assemble(
         model,
         rewards or Rewards(abstain),
         args if valued else replace(args, critic="none"),
         device=device,
         peft_config=_adapter(settings, saved),
-        tokenizer=load_tokenizer(str(run.path)) if with_tokenizer else None,
+        tokenizer=_tokenizer(run, settings),
     )
-    parts.policy.load(load_file(saved / ADAPTER), where=str(saved))
+    _require_same_models(settings, parts, saved)
+    parts.policy.load(load_tensors(saved / ADAPTER), where=str(saved))
     if valued:
-        parts.critic.load(load_file(saved / CRITIC))
+        critic = load_tensors(saved / CRITIC)
+        if shapes(critic) != shapes(parts.critic.state()):
+            raise damaged(saved, CRITIC, "does not fit the critic")
+        parts.critic.load(critic)
     return FinishedRun(
         run.path,
         checkpoint,
-        _update(run, checkpoint),
+        manifest.update if manifest else _update(run, parts.policy),
         settings,
         parts.policy,
         parts.mdp,
@@ -229,11 +246,9 @@ def merge(run: FinishedRun, out: str | Path) -> None:
 
     Raises:
         TrpoLMError: If the folder holds something, or the weights are not float32.
-        RunFault: If the merged model's logits differ from the policy's.
+        RunFault: If the merged model's logits differ from the policy's, or the disk is full.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TrpoLMError(f"{out} exists and is not empty", where="out", hint="name a new folder")
+    out = writable_folder(Path(out).resolve(), new=True, where="out")
     policy = run.policy
     if policy.quantized or dtype_name(policy.base) in ("bfloat16", "float16"):
         raise TrpoLMError(
@@ -251,9 +266,15 @@ def merge(run: FinishedRun, out: str | Path) -> None:
             hint="keep the adapter: peft loads it (an adapted output layer that shares its weights "
             "with the embedding cannot be merged)",
         )  # fmt: skip
-    with quiet_loading():
-        model.save_pretrained(str(out))
-    run.mdp.tokenizer.save_pretrained(str(out))
+    new = temporary(out)
+    try:
+        with quiet_loading():
+            model.save_pretrained(str(new))
+        run.mdp.tokenizer.save_pretrained(str(new))
+        os.rename(new, out)  # in place of the empty one
+    except Exception as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise disk_fault(error, out) from error
 
 
 # ---------------------------------------------------------------- parts of opening
@@ -263,41 +284,109 @@ def _saved_policy(run: RunFolder, checkpoint: str) -> Path:
     """Return the folder that holds the adapter of a checkpoint."""
     places = {"last": run.path, "best": run.best}
     places |= {str(checkpoint_order(path)[0]): path for path in reversed(run.checkpoints())}
-    there = [name for name, place in places.items() if (place / ADAPTER).is_file()]
+    mark = ADAPTER if _is_earlier(run) else MANIFEST
+    there = [name for name, place in places.items() if (place / mark).is_file()]
     if checkpoint not in there:
         raise TrpoLMError(
             f"there is no policy {checkpoint!r}; there are {', '.join(there) or 'none'}",
             where=str(run.path),
-            hint="name the folder of a finished run, and with --checkpoint one of its policies",
+            hint="name the folder of a finished run, and with --checkpoint one of its policies; "
+            "--resume_from_checkpoint auto finishes a run that was stopped",
         )
     return places[checkpoint]
 
 
-def _update(run: RunFolder, checkpoint: str) -> int:
-    """Return the number of updates behind a policy."""
-    if checkpoint == "best":
-        return load_best(run.best).update
-    if checkpoint != "last":
-        return int(checkpoint)
-    return max((row["update"] for row in read_json_lines(run.metrics)), default=0)
+def _is_earlier(run: RunFolder) -> bool:
+    """Whether a run is of an earlier version, whose outcome has no manifest and no digests."""
+    if not run.settings.is_file() or (run.path / MANIFEST).is_file():
+        return False
+    return "digests" not in load_settings(run.path)
 
 
-def _settings(run: RunFolder) -> Settings:
-    """Read the settings of a run of this version."""
+def _update(run: RunFolder, policy: Policy) -> int:
+    """Return which update of a run of an earlier version made its weights: its row says."""
+    checksum = policy.parameters.checksum()
+    for row in reversed(read_json_lines(run.metrics)):
+        if row.get("policy/checksum") == checksum and type(row.get("update")) is int:
+            return row["update"]
+    raise TrpoLMError(
+        f"no update in {run.metrics.name} made these weights (checksum {checksum})",
+        where=str(run.path),
+        hint="the weights or the log were changed since; open a checkpoint of the run instead",
+    )
+
+
+def _settings(
+    run: RunFolder, saved: Path, manifest: Manifest | None
+) -> tuple[Settings, TrainerConfig]:
+    """Return the settings that a policy was trained with."""
+    noted = manifest and manifest.facts.get("settings")
+    folder = saved if manifest else run.path
+    settings = noted if isinstance(noted, dict) else load_settings(folder)
+    needed = {"model", "reference", "reward_models", "reward_funcs", *_SETTINGS}
     try:
-        settings = load_settings(run.path)
-        if settings.keys() >= {"model", "reference", "reward_models", *_SETTINGS}:
-            return settings
-        reason = "they are not those of a run of this version"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        if not settings.keys() >= needed:
+            raise TypeError("they are not those of a run of this version")
+        kinds = {"model": str, "reference": str, "reward_funcs": list}
+        sources, budget = settings["reward_models"], settings.get("max_ref_kl")
+        if (
+            any(not isinstance(settings[name], kind) for name, kind in kinds.items())
+            or not isinstance(settings.get("digests", {}), dict)
+            or any(s is not None and not isinstance(s["model"], str) for s in sources)
+            or any(s is not None and "label" not in s for s in sources)
+            or not (budget is None or isinstance(budget, numbers.Real))
+            or any(not isinstance(settings.get(n, 1.0), numbers.Real) for n in ("gamma", "lam"))
+        ):
+            raise TypeError("a value is of another type")
+        return settings, TrainerConfig(**{name: settings[name] for name in _SETTINGS})
+    except (TypeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-    raise TrpoLMError(f"the settings of the run cannot be used: {reason}", where=str(run.settings))
+    what = f"the settings of the run cannot be used: {reason}"
+    raise TrpoLMError(what, where=str(folder / (MANIFEST if noted else SETTINGS)))
+
+
+def _tokenizer(run: RunFolder, settings: Settings) -> Any:
+    """Return the tokenizer that a finished run wrote; None if it did not finish."""
+    if (run.path / MANIFEST).is_file():
+        manifest = read_manifest(run.path)
+        if "tokenizer_config.json" not in manifest.files:
+            return None
+        verify(run.path, manifest, spare=frozenset(n for n in manifest.files if "token" not in n))
+    elif "digests" in settings or not (run.path / "tokenizer_config.json").is_file():
+        return None
+    return load_tokenizer(str(run.path))
+
+
+def _require_same_models(settings: Settings, parts: Parts, saved: Path) -> None:
+    """Raise if base or reference are not those that the run was trained on."""
+    if "digests" not in settings:
+        logger.warning(
+            "%s is of an earlier version: nothing vouches that base, reference and reward models "
+            "are those it was trained on", saved,
+        )  # fmt: skip
+        return
+    then, now = settings["digests"], digests(parts)
+    differ = [name for name in ("base", "reference") if then.get(name) != now[name]]
+    if differ:
+        raise TrpoLMError(
+            f"{settings['model']!r} is not the model that the run was trained on: another "
+            f"{' and another '.join(differ)} (digest {now[differ[0]]}, then {then.get(differ[0])})",
+            where=str(saved),
+            hint="its files changed since, or it was changed in memory before training; the run "
+            "can be opened only with the weights it was trained on under that name",
+        )
 
 
 def _adapter(settings: Settings, saved: Path) -> PeftConfig | None:
     """Return the adapter that the run added to its model; None where the model came with one."""
     if settings["reference"] != "adapter":
-        adapter = PeftConfig.from_pretrained(str(saved))
+        try:
+            adapter = PeftConfig.from_pretrained(str(saved))
+        except Exception as error:  # whatever a malformed file does to peft
+            raise TrpoLMError(
+                f"the adapter's settings cannot be used: {type(error).__name__}: {error}",
+                where=str(saved / "adapter_config.json"),
+            ) from error
         adapter.inference_mode = False
         return adapter
     if not (Path(settings["model"]) / "adapter_config.json").is_file():
@@ -324,7 +413,16 @@ def _rewards(
     options = {"prefix_stride": args.prefix_stride, "device": device}
     with quiet_loading():
         models = [RewardModel(s["model"], label=s["label"], **options) for s in sources]
-    return make_rewards(models, None, plain, device)
+    rewards = make_rewards(models, None, plain, device)
+    then, now = settings.get("digests"), reward_digests(rewards)
+    if then is not None and then.get("rewards") != now:
+        raise TrpoLMError(
+            f"the reward models are not those that the run was trained on (digests {now}, then "
+            f"{then.get('rewards')})",
+            where=", ".join(source["model"] for source in sources),
+            hint="their files changed since; pass the reward that you mean",
+        )
+    return rewards
 
 
 def _interval(values: Tensor) -> list[float] | None:

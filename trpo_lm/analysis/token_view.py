@@ -26,7 +26,7 @@ from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.report.format import clean, conversation, number
 from trpo_lm.report.html import CSS, escape
 from trpo_lm.report.style import BLUE, GREEN, GREY, VERMILION, Table, save_figure
-from trpo_lm.storage import Row
+from trpo_lm.storage import Row, replace_file
 
 # Column, heading, unit, and the colour of positive values.
 TRACKS: tuple[tuple[str, str, str, str], ...] = (
@@ -116,7 +116,7 @@ def draw_tokens(
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     page = Path(f"{stem}.html")
-    page.write_text(_page(rows, title, prompt, note), encoding="utf-8")
+    replace_file(page, _page(rows, title, prompt, note).encode())
     context = clean(conversation(prompt))
     context = context if len(context) < 80 else f"…{context[-79:]}"
     with warnings.catch_warnings():

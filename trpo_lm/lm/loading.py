@@ -235,11 +235,16 @@ def load_tokenizer(name: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(name, **_SAFE)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise TrpoLMError(
-            f"no tokenizer for {name!r}: {str(error).splitlines()[0]}", where="processing_class",
+            f"no tokenizer for {name!r}: {_first_line(error)}", where="processing_class",
             hint="pass processing_class=AutoTokenizer.from_pretrained(...)",
         ) from error  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, or the error's type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager

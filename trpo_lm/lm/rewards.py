@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.guest import Guest
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, as_turn
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.reward_workers import Pool, RemoteFailure, call, collect_metric
@@ -179,6 +180,7 @@ class Rewards:
             for f, weight in zip(self.functions, self.weights, strict=True)
             if weight
         )
+        self._guest = Guest()
         self._workers: dict[int, Pool] = {}
         self._start_workers()
 
@@ -310,7 +312,8 @@ class Rewards:
                     "prompts": prompts, "completions": completions, "prefixes": prefixes,
                     "columns": columns,
                 }  # fmt: skip
-                (rows,) = call([(self.functions[k].score_prefixes, keywords)])
+                with self._guest(f"reward {self.names[k]!r}"):
+                    (rows,) = call([(self.functions[k].score_prefixes, keywords)])
                 self._raise_failure(k, rows, prompts)
                 results[k] = [score for row in rows for score in row]
             values = self._validate(k, results[k], inputs["prompts"], None)
@@ -365,7 +368,8 @@ class Rewards:
         try:
             self._start_workers()
             local = [k for k in keywords if k not in self._workers]
-            answers = call([(self.functions[k], keywords[k]) for k in local])
+            with self._guest(f"reward {', '.join(repr(self.names[k]) for k in local)}"):
+                answers = call([(self.functions[k], keywords[k]) for k in local])
             results = dict(zip(local, answers, strict=True))
             for k in (k for k in keywords if k in self._workers):
                 answer = self._workers[k].run(keywords[k], len(inputs["prompts"]))

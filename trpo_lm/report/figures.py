@@ -20,7 +20,7 @@ from trpo_lm.report.format import number
 from trpo_lm.report.run_log import Rows, column, load_run
 from trpo_lm.report.statistics import largest
 from trpo_lm.report.style import BLUE, GREEN, GREY, KL_UNIT, VERMILION, Table, panel, save_figure
-from trpo_lm.storage import read_json_lines
+from trpo_lm.storage import read_json_lines, writable_folder
 
 # --- panels: each draws one thing on one pair of axes ---------------------------------------------
 
@@ -245,8 +245,7 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
         TrpoLMError: If the run cannot be read or has no row.
     """
     rows = load_run(run_dir)
-    out = Path(run_dir) / "plots" if out is None else Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = writable_folder(Path(run_dir) / "plots" if out is None else Path(out).resolve())
     files = []
     for stem, (draw, columns) in FIGURES.items():
         files += save_figure(out / stem, _draw, rows, draw, columns)

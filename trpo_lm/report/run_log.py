@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.storage import Row, read_json_lines
+from trpo_lm.storage import Row, read_json_lines, read_yaml
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -33,13 +32,7 @@ def load_run(run_dir: str | Path) -> list[Row]:
     limits: Row = {"max_kl": max(radii, default=None)}
     config = run_dir / "config.yaml"
     if config.exists():
-        try:
-            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise TrpoLMError("not YAML", where=str(config)) from error
-        if not isinstance(settings, dict):
-            raise TrpoLMError("not a mapping of settings", where=str(config))
-        limits |= settings
+        limits |= read_yaml(config)
     max_kl, max_ref_kl = limits.get("max_kl"), limits.get("max_ref_kl")
     for row in rows:
         kl = row.get("trust_region/kl")

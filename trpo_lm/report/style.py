@@ -68,14 +68,21 @@ def save_png(path: Path, draw: Callable[..., Table | None], *args: Any) -> Table
         figure = Figure()
         table = draw(figure, *args)
         if table is not None:
+            _not_through_a_link(path)
             figure.savefig(path, format="png")
     return table
 
 
 def write_csv(path: Path, table: Table) -> None:
     """Write a header and rows; None is an empty field."""
+    _not_through_a_link(path)
     header, rows = table
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def _not_through_a_link(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()

@@ -6,23 +6,26 @@ failure on one rank is raised on all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trpo_lm.config import TrainerConfig
-from trpo_lm.errors import RunFault
+from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.training import artifacts
 from trpo_lm.training.assembly import Parts
 from trpo_lm.training.best import BestPolicy, recover_best, save_best
 from trpo_lm.training.checkpoint import (
+    Checkpoint,
     discard_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
+    newest_usable,
+    remove_unfinished,
     save_checkpoint,
 )
 from trpo_lm.training.folder import (
@@ -30,9 +33,11 @@ from trpo_lm.training.folder import (
     Row,
     RunFolder,
     Settings,
-    require_usable,
+    discard,
+    disk_fault,
     save_settings,
 )
+from trpo_lm.training.manifest import MANIFEST, read_manifest, verify
 from trpo_lm.training.ranks import Ranks
 from trpo_lm.training.stages import Stages
 from trpo_lm.training.state import (
@@ -41,6 +46,8 @@ from trpo_lm.training.state import (
     require_same_settings,
     to_checkpoint,
 )
+
+T = TypeVar("T")
 
 
 class Archive:
@@ -67,15 +74,35 @@ class Archive:
     ):
         self.folder, self.args, self.settings = RunFolder(args.output_dir), args, settings
         self.parts, self.ranks, self.stage, self.plots = parts, ranks, stage, plots
+        self._resume_from = args.resume_from_checkpoint
+        if self._resume_from not in (None, "auto"):
+            self._resume_from = os.path.abspath(os.path.expanduser(self._resume_from))
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0, for all; a fault of the disk is a `RunFault`."""
+
+        def guarded() -> T:
+            try:
+                return work()
+            except Exception as error:
+                raise disk_fault(error, self.folder.path) from error
+
+        return self.ranks.on_main(guarded)
 
     def claim(self, stack: ExitStack) -> None:
         """Lock the folder until the stack closes."""
-        self.ranks.on_main(lambda: self._claim(stack))
+        self._on_main(lambda: self._claim(stack))
 
     def _claim(self, stack: ExitStack) -> None:
-        self.folder.require_usable(overwrite=True)  # it is writable, for the lock
-        stack.enter_context(OutputLock(self.folder.path))
-        require_usable(self.args)
+        folder, args = self.folder, self.args
+        folder.require_usable(overwrite=True)  # it is writable, for the lock
+        stack.enter_context(OutputLock(folder.path))
+        folder.require_usable(
+            resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir
+        )
+        for stale in folder.path.glob(".tmp-*"):
+            if not stale.name.startswith(f".tmp-{folder.best.name}-"):  # see `recover_best`
+                discard(stale)
 
     # ---- resuming
 
@@ -91,35 +118,63 @@ class Archive:
         Raises:
             TrpoLMError: If the checkpoint cannot be used, or was made with other settings.
         """
-        path: Path | None = Path(self.args.resume_from_checkpoint or "")
-        if self.args.resume_from_checkpoint == "auto":
-            path = self.ranks.on_main(lambda: newest_checkpoint(self.folder))
-        if path is None:
-            return None, f"no checkpoint in {self.folder.path}: starting from the beginning"
-        saved = self.ranks.agree(lambda: load_checkpoint(path))
+        chosen = self._resume_from
+        auto = chosen == "auto"
+        paths = self._on_main(self._checkpoints) if auto else [Path(chosen or "")]
+
+        def use(path: Path) -> tuple[Path, TrainState | TrpoLMError]:
+            saved = self.ranks.agree(lambda: load_checkpoint(path))
+            try:
+                require_same_settings(saved.settings, self.settings, allowed)
+            except TrpoLMError as differ:
+                return path, differ  # no damage: no older checkpoint is taken for it
+            return path, self.ranks.agree(lambda: self._adopt(saved, algorithm, path))
+
         allowed = {k.strip() for k in (self.args.allow_config_change or "").split(",") if k.strip()}
-        require_same_settings(saved.settings, self.settings, allowed)
-        policy, critic = self.parts.policy, self.parts.critic
-        state = from_checkpoint(saved, policy, critic, algorithm, where=path)
+        used = newest_usable(paths, use) if auto else use(paths[0])
+        if used is None:
+            return None, f"no checkpoint in {self.folder.path}: starting from the beginning"
+        path, state = used
+        if isinstance(state, TrpoLMError):
+            raise state
         note = f"resuming from {path.name}"
         if allowed:
             note += ", settings allowed to differ: not bit-exact with the run that was stopped"
         return state, note
 
+    def _checkpoints(self) -> list[Path]:
+        remove_unfinished(self.folder)
+        return self.folder.checkpoints()
+
+    def _adopt(self, saved: Checkpoint, algorithm: Any, path: Path) -> TrainState:
+        same = saved.settings.get("algorithm") == self.settings["algorithm"]
+        policy, critic = self.parts.policy, self.parts.critic
+        return from_checkpoint(saved, policy, critic, algorithm, where=path, same_algorithm=same)
+
     def rows(self, update: int) -> list[Row]:
         """Return the metrics of the updates up to one."""
-        return self.ranks.on_main(lambda: self.folder.rows(update))
+        return self._on_main(lambda: self.folder.rows(update))
 
-    def is_finished(self) -> bool:
-        """Whether the run wrote its results after its last update."""
-        return self.ranks.on_main(self.folder.is_finished)
+    def is_finished(self, update: int) -> bool:
+        """Whether the folder holds the results of the parameters as they are, whole."""
+        return self._on_main(lambda: self._is_finished(update))
+
+    def _is_finished(self, update: int) -> bool:
+        try:
+            manifest = read_manifest(self.folder.path)
+            verify(self.folder.path, manifest)
+        except TrpoLMError:
+            return False
+        checksum = self.parts.policy.parameters.checksum()
+        return (manifest.update, manifest.facts.get("checksum")) == (update, checksum)
 
     def prepare(self, update: int, held_out: Prompts | None) -> BestPolicy | None:
         """Truncate the logs to an update, write settings and prompts; return the best policy."""
-        return self.ranks.on_main(lambda: self._prepare(update, held_out))
+        return self._on_main(lambda: self._prepare(update, held_out))
 
     def _prepare(self, update: int, held_out: Prompts | None) -> BestPolicy | None:
         if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
+            (self.folder.path / MANIFEST).unlink(missing_ok=True)
             discard_checkpoints(self.folder)
         self.folder.truncate(update)
         if held_out is not None:
@@ -132,7 +187,7 @@ class Archive:
     def log(self, row: Row, rollout: Rollout) -> None:
         """Append an update and every rank's completions to the logs."""
         lines = self.ranks.gather(artifacts.completion_lines(rollout, row["update"]))
-        self.ranks.on_main(lambda: self.folder.append(row, lines))
+        self._on_main(lambda: self.folder.append(row, lines))
 
     def save_best(self, policy: BestPolicy) -> None:
         """Put the current policy into best/."""
@@ -140,13 +195,15 @@ class Archive:
 
         def write(folder: Path) -> None:
             artifacts.save_policy(folder, parts.policy, parts.critic)
+            save_settings(folder, self.settings)
 
-        self.ranks.on_main(lambda: save_best(self.folder, policy, write, self.stage))
+        self._on_main(lambda: save_best(self.folder, policy, write, self.stage))
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of the state that policy and critic are in."""
         policy, ranks = self.parts.policy, self.ranks
         content = to_checkpoint(state, policy, self.parts.critic, self.settings)
+        self._on_main(self.folder.sync_logs)
         return save_checkpoint(
             self.folder,
             content if ranks.main else replace(content, tensors={}),
@@ -158,23 +215,26 @@ class Archive:
 
     # ---- the end
 
-    def finish(self, samples: Sequence[Row]) -> None:
+    def finish(self, update: int, samples: Sequence[Row]) -> None:
         """Draw the figures and write the results, with samples in the model card."""
-        self.ranks.on_main(lambda: self._finish(samples))
+        self.ranks.on_main(lambda: self._finish(update, samples))
 
-    def _finish(self, samples: Sequence[Row]) -> None:
+    def _finish(self, update: int, samples: Sequence[Row]) -> None:
         try:
             if self.plots:
                 artifacts.draw(self.folder)
-            self.save_model(self.folder.path, samples)
-        except OSError as error:
+            self.save_model(self.folder.path, update, samples)
+        except Exception as error:
+            fault = disk_fault(error, self.folder.path)
+            if fault is error:
+                raise
             raise RunFault(
-                f"could not write the results: {error.strerror or error}",
-                where=str(error.filename or self.folder.path),
+                f"could not write the results: {error}",
+                where=str(getattr(error, "filename", None) or self.folder.path),
                 hint="the run is complete: --resume_from_checkpoint auto writes them again",
             ) from error
 
-    def save_model(self, folder: Path, samples: Sequence[Row]) -> None:
+    def save_model(self, folder: Path, update: int, samples: Sequence[Row]) -> None:
         """Write the files that vanilla peft loads, with critic, settings and card; rank 0 only."""
         if self.ranks.main:
-            artifacts.save_outcome(folder, self.folder, self.parts, self.settings, samples)
+            artifacts.save_outcome(folder, update, self.folder, self.parts, self.settings, samples)

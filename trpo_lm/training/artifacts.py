@@ -18,10 +18,11 @@ from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.figures import plot_run
 from trpo_lm.report.model_card import model_card
-from trpo_lm.storage import Row
+from trpo_lm.storage import Row, replace_file, write_through
 from trpo_lm.training.assembly import Parts
 from trpo_lm.training.checkpoint import save_tensors
 from trpo_lm.training.folder import CRITIC, RunFolder, Settings, save_settings
+from trpo_lm.training.manifest import publish
 
 
 def completion_lines(rollout: Rollout, update: int) -> list[Row]:
@@ -45,7 +46,7 @@ def save_prompts(path: Path, prompts: Prompts) -> None:
     columns = {**prompts.columns, "prompt": prompts.prompts}
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     lines = (json.dumps(row, default=str) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
+    replace_file(path, "".join(lines).encode())
 
 
 def save_policy(folder: Path, policy: Policy, critic: Critic) -> None:
@@ -57,24 +58,37 @@ def save_policy(folder: Path, policy: Policy, critic: Critic) -> None:
 
 
 def save_outcome(
-    folder: Path, run: RunFolder, parts: Parts, settings: Settings, samples: Sequence[Row]
+    folder: Path,
+    update: int,
+    run: RunFolder,
+    parts: Parts,
+    settings: Settings,
+    samples: Sequence[Row],
 ) -> None:
-    """Write everything but the figures into a folder; the model card last.
+    """Write everything but the figures into a folder; its manifest last.
+
+    The manifest notes the settings and the checksum of the parameters too: config.yaml beside it is
+    the run's, which may have gone on since.
 
     Args:
         folder: Where to write; made if need be.
+        update: Number of updates made.
         run: Folder of the run, whose metrics the card reports.
         parts: What was trained, and with what.
         settings: The resolved settings.
         samples: For the card, as `Display.samples` takes them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    save_policy(folder, parts.policy, parts.critic)
-    parts.tokenizer.save_pretrained(str(folder))
-    save_settings(folder, settings)
-    if run.metrics.exists():
-        card = model_card(run.path, _card_facts(parts, settings, samples))
-        RunFolder(folder).card.write_text(card, encoding="utf-8")
+
+    def write(new: Path) -> None:
+        save_policy(new, parts.policy, parts.critic)
+        parts.tokenizer.save_pretrained(str(new))
+        save_settings(new, settings)
+        if run.metrics.exists():
+            card = model_card(run.path, _card_facts(parts, settings, samples))
+            write_through(RunFolder(new).card, card.encode())
+
+    checksum = parts.policy.parameters.checksum()
+    publish(folder, update, write, checksum=checksum, settings=settings)
 
 
 def _card_facts(parts: Parts, settings: Settings, samples: Sequence[Row]) -> Row:
@@ -98,4 +112,6 @@ def _card_facts(parts: Parts, settings: Settings, samples: Sequence[Row]) -> Row
 def draw(run: RunFolder) -> None:
     """Draw the figures of a run that made an update."""
     if run.metrics.exists():
+        if run.plots.is_symlink():  # never written through
+            run.plots.unlink()
         plot_run(run.path)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from trpo_lm.config import DTYPES, LORA, TrainerConfig, describe
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.critic import Critic, make_critic
+from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
 from trpo_lm.lm.loading import dtype_name, load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
@@ -103,9 +105,14 @@ def make_rewards(
     Raises:
         TrpoLMError: If one cannot be used, or asks for a column that the data lacks.
     """
+    many = isinstance(reward_funcs, list | tuple)
+    given = [
+        os.fspath(f) if isinstance(f, os.PathLike) else f
+        for f in (reward_funcs if many else [reward_funcs])
+    ]
     with quiet_loading():
         rewards = Rewards(
-            reward_funcs,
+            given,
             args.reward_weights,
             on_bad_reward=args.on_bad_reward,
             timeout=args.reward_timeout,
@@ -230,6 +237,7 @@ def run_settings(
         "world_size": processes,
         "reference": "adapter" if policy.came_with_adapter else "base model",
         "reward_models": [_source(function) for function in rewards.functions],
+        "digests": digests(parts),
         **{name: value for name, value in describe(args).items() if name not in LORA},
         **_precision(policy),
         **describe(algorithm),
@@ -244,6 +252,42 @@ def _precision(policy: Policy) -> Settings:
         "load_in_4bit": bool(getattr(policy.base, "is_loaded_in_4bit", False)),
         "load_in_8bit": bool(getattr(policy.base, "is_loaded_in_8bit", False)),
     }
+
+
+def digests(parts: Parts) -> Settings:
+    """Return what a run is trained on, as `identity` sees it; before the first update.
+
+    base         the frozen model
+    reference    the base, or the base below the adapter that the model came with
+    tokenizer
+    rewards      reward models; None for a function
+    """
+    policy = parts.policy
+    base = reference = base_digest(policy.model)
+    if policy.came_with_adapter:
+        adapter = ((str(i), p) for i, p in enumerate(policy.parameters.tensors))
+        reference = f"{base}+{tensors_digest(adapter)}"
+    return {
+        "base": base,
+        "reference": reference,
+        "tokenizer": tokenizer_digest(parts.tokenizer),
+        "rewards": reward_digests(parts.rewards),
+    }
+
+
+def reward_digests(rewards: Rewards) -> list[str | None]:
+    """Return the digest of each reward model; None for a function."""
+    return [base_digest(f.model) if isinstance(f, RewardModel) else None for f in rewards.functions]
+
+
+def unsaved_model_note(model: Any, policy: Policy) -> str | None:
+    """Say if a model was passed as an object that no files under its name equal."""
+    if isinstance(model, str) or equals_files(policy.model, policy.name):
+        return None
+    return (
+        f"the model is an object, and no files under its name, {policy.name!r}, equal it: to open "
+        "this run again, save the model first and train it from its folder"
+    )
 
 
 def _adapter_settings(policy: Policy) -> Settings:

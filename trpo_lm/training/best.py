@@ -5,15 +5,16 @@ It is a policy to use, not to resume from, and the limit on checkpoints does not
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trpo_lm.storage import strict_json, sync, write_through
-from trpo_lm.training.folder import RunFolder, disk_fault, temporary
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.storage import read_json, strict_json, sync, write_through
+from trpo_lm.training.folder import RunFolder, discard, disk_fault, temporary
+from trpo_lm.training.manifest import damaged, read_manifest, verify, write_manifest
 from trpo_lm.training.stages import Stages
 
 FACTS = "best.json"
@@ -72,28 +73,36 @@ def save_best(
             folder.mkdir()
             write(folder)
         with stage("best/facts"):
-            for file in folder.rglob("*"):
-                if file.is_file():
-                    sync(file)
-            facts = strict_json(asdict(policy))
-            write_through(folder / FACTS, facts)  # last: it marks the folder as complete
-            sync(folder)
+            write_through(folder / FACTS, strict_json(asdict(policy)))
+            write_manifest(folder, policy.update)  # last: it marks the folder as complete
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise disk_fault(error, folder) from error
     with stage("best/replace"):
-        if final.exists():
+        if os.path.lexists(final):
             os.rename(final, old)
     with stage("best/rename"):
         os.rename(folder, final)
         sync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
 
 
 def load_best(folder: Path) -> BestPolicy:
-    """Read the facts of a policy that `save_best` wrote."""
-    facts = json.loads((folder / FACTS).read_bytes())
-    return BestPolicy(facts["update"], facts["score"], facts["ref_kl"], facts["max_ref_kl"])
+    """Read the facts of a policy that `save_best` wrote, once all its files are found whole.
+
+    Raises:
+        TrpoLMError: Names a file that is missing or damaged.
+    """
+    if folder.is_symlink():
+        raise TrpoLMError("it is a link", where=str(folder))
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    facts = read_json(folder / FACTS)
+    numbers = [facts.get(name) for name in ("score", "ref_kl", "max_ref_kl")]
+    sound = all(value is None or type(value) in (int, float) for value in numbers)
+    if facts.get("update") != manifest.update or not sound or numbers[1] is None:
+        raise damaged(folder, FACTS, "is not complete")
+    return BestPolicy(manifest.update, *numbers)  # type: ignore[arg-type]
 
 
 def recover_best(run: RunFolder, update: int) -> BestPolicy | None:
@@ -109,12 +118,12 @@ def recover_best(run: RunFolder, update: int) -> BestPolicy | None:
             policy = load_best(folder)
             if policy.update <= update and policy.score is not None:
                 complete.append((float(policy.score), folder, policy))
-        except (OSError, ValueError, KeyError, TypeError):
+        except TrpoLMError:
             continue
     _, kept, policy = max(complete, key=lambda entry: entry[0], default=(0.0, None, None))
     for folder in folders:
-        if folder.exists() and folder != kept:
-            shutil.rmtree(folder)
+        if folder != kept:
+            discard(folder)
     if kept is not None and kept != run.best:
         os.rename(kept, run.best)
     return policy

@@ -8,7 +8,9 @@ on_substep_end and on_optimizer_step are never called: there are no epochs and n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -17,8 +19,32 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 
 from trpo_lm.config import TrainerConfig
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.guest import Guest
 from trpo_lm.storage import Row
 from trpo_lm.training.ranks import Ranks
+
+
+class _Handler(CallbackHandler):
+    """Calls the callbacks one by one; those that are not transformers' own trackers as guests."""
+
+    trackers: Sequence[TrainerCallback] = ()
+    guest = Guest()
+
+    def call_event(self, event: str, *args: Any, **keywords: Any) -> Any:
+        callbacks, (arguments, state, control, *rest) = self.callbacks, args
+        try:
+            for callback in callbacks:
+                self.callbacks = [callback]
+                ours = callback in self.trackers
+                name = f"callback {type(callback).__name__}"
+                with nullcontext() if ours else self.guest(name):
+                    control = super().call_event(
+                        event, arguments, state, control, *rest, **keywords
+                    )
+        finally:
+            self.callbacks = callbacks
+        return control
+
 
 _FLAGS = ("should_training_stop", "should_save", "should_evaluate", "should_log")
 
@@ -61,14 +87,16 @@ class Callbacks:
             reporting = [cls() for cls in get_reporting_integration_callbacks(trackers)]
         except (ValueError, RuntimeError, ImportError) as error:
             raise TrpoLMError(str(error).splitlines()[0], where="report_to") from error
+        folder = os.path.abspath(os.path.expanduser(args.output_dir))
         self._arguments = TrainingArguments(
-            output_dir=args.output_dir, run_name=args.run_name, report_to=trackers or "none",
+            output_dir=folder, run_name=args.run_name, report_to=trackers or "none",
             seed=args.seed, logging_steps=args.logging_steps, max_steps=args.updates,
         )  # fmt: skip
         # The handler warns if it is made without DefaultFlowCallback, whose work `step_end` does.
         flow = [DefaultFlowCallback, *reporting, *callbacks]
-        self._handler = CallbackHandler(flow, model, tokenizer, None, None)
+        self._handler = _Handler(flow, model, tokenizer, None, None)
         self._handler.pop_callback(DefaultFlowCallback)
+        self._handler.trackers, self._handler.guest = reporting, Guest()
 
     def event(self, name: str, **keywords: Any) -> None:
         """Call `on_...` of every callback."""

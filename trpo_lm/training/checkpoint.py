@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, whatever happens while they are written.
 
 `checkpoint-000012/` holds tensors as safetensors, state as JSON, settings as YAML, and, written
-last, `MANIFEST.json` with the size and SHA-256 of every file. It is written under the name
+last, its `manifest`. It is written under the name
 `.tmp-checkpoint-...` and renamed when all of it is on the disk, so a folder of the final name is
 complete unless something damaged it later, which the manifest shows. Older checkpoints are deleted
 only after that.
@@ -12,38 +12,50 @@ opened. A run resumes from checkpoints only; `best/` beside them is a policy to 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import TypeVar
 
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.storage import Row, strict_json, sync, write_through
+from trpo_lm.report.format import clean
+from trpo_lm.storage import Row, read_file, read_json, strict_json, sync, write_through
 from trpo_lm.training.folder import (
     SETTINGS,
     RunFolder,
     Settings,
     checkpoint_order,
+    discard,
     disk_fault,
+    is_checkpoint_name,
     load_settings,
     lock_holder,
     save_settings,
     temporary,
 )
+from trpo_lm.training.manifest import (
+    MANIFEST,
+    Manifest,
+    damaged,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from trpo_lm.training.ranks import Ranks
 from trpo_lm.training.stages import Stages
 
-FORMAT = 1
-MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
+LARGEST_TENSORS = 1 << 36  # bytes of a safetensors file
+LARGEST_HEADER = 1 << 24  # bytes: names, shapes and offsets of a file's tensors
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -153,37 +165,22 @@ def _publish(folder: Path, final: Path, update: int, world_size: int, stage: Sta
             raise RunFault(f"rank {rank} could not write its part of {final.name}")
         done.unlink()
     with stage("checkpoint/manifest"):
-        files = _sizes_and_digests(folder)
-        manifest = {"format": FORMAT, "update": update, "world_size": world_size, "files": files}
-        write_through(folder / MANIFEST, strict_json(manifest))
-        for inner in [*(d for d in folder.rglob("*") if d.is_dir()), folder]:
-            sync(inner)
+        files = write_manifest(folder, update, world_size=world_size)
     with stage("checkpoint/replace"):
         if final.exists() or final.is_symlink():
             try:
-                if _verify(final)["files"] == files:
+                if _verify(final).files == files:
                     shutil.rmtree(folder)
                     return
                 # Both are complete: at every instant one of the two names holds a whole checkpoint.
                 replaced = final.with_name(f"{final.name}-replaced")
-                _discard(replaced)
+                discard(replaced)
                 os.rename(final, replaced)
             except TrpoLMError:  # damaged: nothing to preserve
-                _discard(final)
+                discard(final)
     with stage("checkpoint/rename"):
         os.rename(folder, final)
         sync(final.parent)
-
-
-def _sizes_and_digests(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Force every file to the disk; return the manifest's entry for each."""
-    files: dict[str, dict[str, int | str]] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            sync(file)
-            name = file.relative_to(folder).as_posix()
-            files[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    return files
 
 
 def _prune(run: RunFolder, newest: Path, keep: int) -> None:
@@ -199,7 +196,7 @@ def _prune(run: RunFolder, newest: Path, keep: int) -> None:
                 "removed %s: it is newer than the update this run resumed from", path.name
             )
         try:
-            _discard(path)
+            discard(path)
         except OSError as error:  # the new checkpoint is safe; an old one too many does no harm
             logger.warning("could not remove %s: %s", path, error.strerror)
 
@@ -207,17 +204,7 @@ def _prune(run: RunFolder, newest: Path, keep: int) -> None:
 def discard_checkpoints(run: RunFolder) -> None:
     """Delete every checkpoint of a run, as `overwrite_output_dir` asks, and nothing else."""
     for path in run.checkpoints():
-        _discard(path)
-
-
-def _discard(path: Path) -> None:
-    """Rename a checkpoint, then delete it, so that no half-deleted one is ever visible."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        doomed = temporary(path)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        discard(path)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -226,44 +213,46 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_through(path, save(copies, metadata={"format": "pt"}))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------- loading
 
 
-def newest_checkpoint(run: RunFolder) -> Path | None:
-    """Return the newest complete checkpoint, or None where none was ever saved.
+def remove_unfinished(run: RunFolder) -> None:
+    """Delete unfinished checkpoints of a killed process, unless another one holds the lock."""
+    if lock_holder(run.path) in (None, os.getpid()):
+        for stale in run.path.glob(".tmp-checkpoint-*"):
+            discard(stale)
 
-    A damaged one is passed over with one warning. Unfinished folders of a killed process are
-    deleted, unless another living process holds the run's lock. Call it on rank 0 only.
+
+def newest_usable(paths: Sequence[Path], use: Callable[[Path], T]) -> T | None:
+    """Return what `use` makes of the first checkpoint that it can use; None without any.
+
+    The damaged ones before it are passed over with a warning each.
+
+    Args:
+        paths: Checkpoints, newest first.
+        use: Loads one, or raises TrpoLMError if it is damaged.
 
     Raises:
         TrpoLMError: If there are checkpoints and every one is damaged: a run that was trained is
             not silently started afresh.
     """
-    if lock_holder(run.path) in (None, os.getpid()):
-        for stale in run.path.glob(".tmp-checkpoint-*"):
-            shutil.rmtree(stale, ignore_errors=True)
     reasons = []
-    for path in run.checkpoints():
+    for path in paths:
         try:
-            _verify(path)
+            used = use(path)
+        except RunFault:
+            raise
         except TrpoLMError as error:
-            reasons.append(error.what)
+            named = path.name in error.what
+            reasons.append(error.what if named else f"{path.name}: {error.what}")
         else:
             for reason in reasons:
-                logger.warning("%s; going back to %s", reason, path.name)
-            return path
+                logger.warning("%s; going back to %s", clean(reason), clean(path.name))
+            return used
     if reasons:
         raise TrpoLMError(
             "no checkpoint can be resumed from:\n  " + "\n  ".join(reasons),
-            where=str(run.path),
+            where=str(paths[0].parent),
             hint="name another folder, or start over with --overwrite_output_dir",
         )
     return None
@@ -276,65 +265,50 @@ def load_checkpoint(path: Path) -> Checkpoint:
         TrpoLMError: If there is no such checkpoint, or one of its files is missing or damaged.
     """
     manifest = _verify(path)
-    return Checkpoint(
-        update=manifest["update"],
-        tensors={
-            name.removesuffix(".safetensors"): load_file(path / name)
-            for name in manifest["files"]
-            if name.endswith(".safetensors")
-        },
-        state=json.loads((path / STATE).read_bytes()),
-        settings=load_settings(path),
-    )
+    try:
+        return Checkpoint(
+            update=manifest.update,
+            tensors={
+                name.removesuffix(".safetensors"): load_tensors(path / name)
+                for name in manifest.files
+                if name.endswith(".safetensors")
+            },
+            state=read_json(path / STATE),
+            settings=load_settings(path),
+        )
+    except TrpoLMError as error:
+        raise damaged(path, Path(error.where or STATE).name, error.what) from error
 
 
-def _verify(path: Path) -> Row:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        TrpoLMError: If it cannot be read, or is not one.
+    """
+    content = read_file(path, largest=LARGEST_TENSORS)
+    header = int.from_bytes(content[:8], "little")
+    try:
+        if header > LARGEST_HEADER:
+            raise ValueError(f"a header of {header} bytes")
+        return load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrpoLMError(f"cannot be read: no safetensors, {reason}", where=str(path)) from error
+
+
+def _verify(path: Path) -> Manifest:
     """Return the manifest of a complete checkpoint.
 
     Raises:
         TrpoLMError: Names a file that is missing or damaged.
     """
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         raise TrpoLMError(f"there is no checkpoint folder {path}", where="resume_from_checkpoint")
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        version, update, files = manifest["format"], manifest["update"], manifest["files"]
-        expected = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
-    except FileNotFoundError:
-        raise _damaged(path, MANIFEST, "is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(path, MANIFEST, "cannot be read") from None
-    if version != FORMAT:
-        raise TrpoLMError(
-            f"{path.name} has format {version!r}; this version of trpo_lm reads format {FORMAT}",
-            where=str(path / MANIFEST),
-        )
-    if type(update) is not int or not {STATE, SETTINGS} <= expected.keys():
-        raise _damaged(path, MANIFEST, "is not complete")
-    for name, (size, digest) in expected.items():
-        _verify_file(path, name, size, digest)
+    manifest = read_manifest(path)
+    if not manifest.files.keys() >= {STATE, SETTINGS}:
+        raise damaged(path, MANIFEST, "is not complete")
+    if is_checkpoint_name(path.name) and checkpoint_order(path)[0] != manifest.update:
+        raise damaged(path, MANIFEST, f"is of update {manifest.update}")
+    verify(path, manifest)
     return manifest
-
-
-def _verify_file(path: Path, name: str, size: int, digest: str) -> None:
-    """Check one file of a checkpoint against its entry in the manifest."""
-    file = path / name
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise _damaged(path, MANIFEST, f"lists {name!r}, which is outside the checkpoint")
-    if not file.is_file():
-        raise _damaged(path, name, "is missing")
-    try:
-        if file.stat().st_size != size:
-            raise _damaged(path, name, f"has {file.stat().st_size} bytes instead of {size}")
-        if _sha256(file) != digest:
-            raise _damaged(path, name, "has other content than was saved (SHA-256)")
-    except OSError as error:
-        raise _damaged(path, name, f"cannot be read: {error.strerror}") from None
-
-
-def _damaged(path: Path, name: str, reason: str) -> TrpoLMError:
-    return TrpoLMError(
-        f"{path.name} is damaged: {name} {reason}",
-        where=str(path / name),
-        hint="--resume_from_checkpoint auto takes the newest undamaged one",
-    )

@@ -6,9 +6,10 @@ completions.jsonl            one row a completion
 held_out.jsonl               prompts of the evaluations
 checkpoint-000012/           what a run resumes from; see `checkpoint`
 best/, best/best.json        best evaluated policy within the budget; see `best`
-plots/, README.md            figures; model card, written last
+plots/, README.md            figures; model card
 adapter_model.safetensors    trained adapter, by the name peft gives it
 value_head.safetensors       critic, in best/ and checkpoints too
+MANIFEST.json                update and digests of these files, written last; see `manifest`
 .lock, .tmp-*                pid of the process that writes here; whatever is unfinished
 """
 
@@ -19,23 +20,29 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from safetensors import SafetensorError
 
-from trpo_lm.config import TrainerConfig
+from trpo_lm.config import LORA, TrainerConfig, describe
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.storage import (
     Row,
     append_json_line,
+    read_file,
     read_json_lines,
+    read_yaml,
+    regular,
+    replace_file,
+    sync,
     truncate_json_lines,
-    write_through,
 )
 
 Settings = dict[str, Any]  # content of config.yaml
@@ -43,19 +50,19 @@ Settings = dict[str, Any]  # content of config.yaml
 SETTINGS = "config.yaml"
 ADAPTER = "adapter_model.safetensors"
 CRITIC = "value_head.safetensors"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)(-replaced)?")
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,15})(-replaced)?", re.ASCII)
 
 
 class RunFolder:
     """Paths and logs of a run.
 
     Attributes:
-        path: The folder.
+        path: The folder, absolute: a reward may change the current directory.
         settings, metrics, completions, held_out, card, plots, adapter, best: Paths in it.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(os.path.expanduser(path)))
         self.settings = self.path / SETTINGS
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions.jsonl"
@@ -99,12 +106,6 @@ class RunFolder:
                 "--overwrite_output_dir starts over in it, --output_dir names another folder",
             )
 
-    def is_finished(self) -> bool:
-        """Whether the model card, which is written last, is no older than the last update."""
-        if not (self.metrics.is_file() and self.card.is_file()):
-            return False
-        return self.card.stat().st_mtime_ns >= self.metrics.stat().st_mtime_ns
-
     # ---- logs
 
     def append(self, row: Row, completions: Sequence[Row]) -> None:
@@ -118,10 +119,16 @@ class RunFolder:
         for log in (self.metrics, self.completions):
             truncate_json_lines(log, update)
 
+    def sync_logs(self) -> None:
+        """Force the logs to the disk: a checkpoint is never ahead of them."""
+        for log in (self.metrics, self.completions):
+            if log.exists():
+                sync(log)
+
     def rows(self, update: int) -> list[Row]:
         """Return the metrics of the updates up to one."""
-        rows = read_json_lines(self.metrics) if self.metrics.exists() else []
-        return [row for row in rows if row["update"] <= update]
+        rows = read_json_lines(self.metrics) if os.path.lexists(self.metrics) else []
+        return [r for r in rows if type(r.get("update")) is int and r["update"] <= update]
 
     # ---- checkpoints
 
@@ -131,7 +138,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return everything named like a checkpoint, newest first."""
-        named = [path for path in self.path.glob("*") if _CHECKPOINT.fullmatch(path.name)]
+        named = [path for path in self.path.glob("*") if is_checkpoint_name(path.name)]
         return sorted(named, key=checkpoint_order, reverse=True)
 
 
@@ -148,6 +155,39 @@ def require_usable(args: TrainerConfig) -> None:
     )
 
 
+def gaps(rows: Sequence[Row], update: int) -> str | None:
+    """Say which updates up to one have no row of metrics, or several; None if all is well."""
+    counts = Counter(row["update"] for row in rows)
+    numbers = range(1, update + 1)
+    wrong = {
+        "lacks": [u for u in numbers if not counts[u]],
+        "repeats": [u for u in numbers if counts[u] > 1],
+    }
+    parts = [f"{verb} {_listed(updates)}" for verb, updates in wrong.items() if updates]
+    return f"metrics.jsonl {' and '.join(parts)}" if parts else None
+
+
+def _listed(updates: list[int]) -> str:
+    shown = ", ".join(map(str, updates[:10])) + (", ..." if len(updates) > 10 else "")
+    return f"update{'s' if len(updates) > 1 else ''} {shown}"
+
+
+def discard(path: Path) -> None:
+    """Rename a folder, then delete it, so that no half-deleted one is ever visible."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        doomed = path if path.name.startswith(".tmp-") else temporary(path)
+        if doomed != path:
+            os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether this is the name of a checkpoint, or of one that is being replaced."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
 def checkpoint_order(path: Path) -> tuple[int, bool]:
     """Sort key of a checkpoint: its update; one that is being replaced precedes its successor."""
     match = _CHECKPOINT.fullmatch(path.name)
@@ -162,17 +202,20 @@ def temporary(path: Path) -> Path:
 
 def save_settings(folder: Path, settings: Settings) -> None:
     """Write resolved settings as YAML, in their order."""
-    write_through(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
+    replace_file(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
 
 
 def load_settings(folder: Path) -> Settings:
-    """Read what `save_settings` wrote; `bf16` of an earlier version becomes `dtype`."""
-    settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
-    bf16 = settings.pop("bf16", None)
-    if bf16 is not None:
-        settings["dtype"] = "bfloat16" if bf16 else "float32"
-        settings |= {"attn_implementation": None, "load_in_4bit": False, "load_in_8bit": False}
-    return settings
+    """Read what `save_settings` wrote; what an earlier version called otherwise has today's names.
+
+    Settings that came since have the values that do what was done then: their defaults.
+    """
+    settings = read_yaml(folder / SETTINGS)
+    gone = {name: settings.pop(name) for name in ("bf16", "micro_batch_size") if name in settings}
+    if not gone:
+        return settings
+    added = {k: v for k, v in describe(TrainerConfig()).items() if k not in LORA}
+    return {**added, "dtype": "bfloat16" if gone.get("bf16") else "float32", **settings}
 
 
 def check_run_name(name: str, *, root: str | Path | None = None) -> str:
@@ -202,9 +245,12 @@ def check_run_name(name: str, *, root: str | Path | None = None) -> str:
 
 def disk_fault(error: Exception, folder: Path) -> Exception:
     """Return the RunFault for an error of the disk; any other error as it is."""
-    if not isinstance(error, OSError | SafetensorError):
+    code = getattr(error, "errno", None)
+    if told := re.search(r"\(os error (\d+)\)", str(error)):  # libraries in Rust
+        code = int(told[1])
+    if code is None and not isinstance(error, OSError | SafetensorError):
         return error
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = code in (errno.ENOSPC, errno.EDQUOT)
     place = getattr(error, "filename", None) or folder
     reason = getattr(error, "strerror", None) or error
     fault = RunFault(
@@ -250,7 +296,7 @@ class OutputLock:
 
     def __exit__(self, *exception: object) -> None:
         if self._removes:
-            with _locked(self.path):
+            with suppress(OSError, TrpoLMError), _locked(self.path):  # it ends with the process
                 if lock_holder(self.path.parent) == os.getpid():
                     self.path.unlink()
 
@@ -259,7 +305,14 @@ class OutputLock:
 def _locked(path: Path) -> Iterator[TextIO]:
     """Open a file for one process at a time."""
     while True:  # until it is not one that another process removed while this one waited
-        with open(path, "a+") as file:
+        try:
+            file = open(path, "a+", opener=regular)  # noqa: SIM115
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR):
+                raise
+            what = f"the lock cannot be used: {error.strerror}"
+            raise TrpoLMError(what, where=str(path), hint=f"delete {path}") from error
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file
@@ -269,8 +322,11 @@ def _locked(path: Path) -> Iterator[TextIO]:
 def lock_holder(folder: Path) -> int | None:
     """Return the pid of the living process that holds a folder's lock, if there is one."""
     try:
-        pid = int((folder / ".lock").read_text())
-    except (OSError, ValueError):
+        content = read_file(folder / ".lock", largest=100)
+        pid = int(content) if content.endswith(b"\n") else 0  # else its writer was killed
+    except ValueError:  # TrpoLMError is one
+        return None
+    if pid <= 0:
         return None
     try:
         os.kill(pid, 0)
@@ -278,4 +334,4 @@ def lock_holder(folder: Path) -> int | None:
         return pid
     except (OSError, OverflowError):
         return None
-    return pid if pid > 0 else None
+    return pid

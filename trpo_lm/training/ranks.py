@@ -55,11 +55,13 @@ class Ranks:
         device: Device of its model.
 
     Raises:
-        TrpoLMError: If the launcher was to start several processes and started this one only.
+        TrpoLMError: If the launcher was to start several processes and started this one only, or
+            was told to change how a model is trained.
     """
 
     def __init__(self, timeout: float | None = None, stage: Stages | None = None):
         self._stage = stage or Stages()
+        _answer_launcher()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         handlers = []
         if timeout is not None:
@@ -157,6 +159,31 @@ class Ranks:
             raise RunFault("the ranks' parameters differ", where=where)
         return text
 
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Check that every rank was given the same, before they act together.
+
+        Args:
+            facts: By name; compared as text.
+
+        Raises:
+            TrpoLMError: On every rank; names what differs, between which ranks.
+        """
+        texts = self.gather([{name: repr(value) for name, value in facts.items()}])
+        rows = []
+        for name in sorted({name for given in texts for name in given}):
+            values = [given.get(name, "(absent)") for given in texts]
+            other = next((r for r, value in enumerate(values) if value != values[0]), None)
+            if other is not None:
+                rows.append(
+                    f"\n  {name}: {values[0]:.60} on rank 0, {values[other]:.60} on rank {other}"
+                )
+        if rows:
+            raise TrpoLMError(
+                f"the ranks were not given the same:{''.join(rows)}",
+                where="launcher",
+                hint="every process needs the same settings, data, model and tokenizer",
+            )
+
     @contextmanager
     def _collective(self) -> Iterator[None]:
         """Enter a collective once every rank has reported no failure."""
@@ -191,6 +218,26 @@ class Ranks:
             where = rank if error.where is None else f"{error.where}, {rank}"
             error = type(error)(error.what, where=where, hint=error.hint)
         raise error from failure
+
+
+def _answer_launcher() -> None:
+    """Refuse what a launcher can ask for and a run does not do."""
+    asked = {
+        name: os.environ.get(f"ACCELERATE_{name.upper()}", "").lower()
+        for name in (
+            "mixed_precision", "dynamo_backend", "gradient_accumulation_steps", "use_fsdp",
+            "use_deepspeed", "use_megatron_lm", "use_parallelism_config",
+        )
+    }  # fmt: skip
+    refused = [f"{k} {v}" for k, v in asked.items() if v not in ("", "no", "false", "0", "1")]
+    if refused:
+        raise TrpoLMError(
+            f"the launcher's settings ask for {', '.join(refused)}, which a run does not do",
+            where="launcher",
+            hint="every process holds the whole base and the adapters train in float32: launch "
+            "without it (accelerate launch --mixed_precision no); dtype is the precision of the "
+            "base, gradient_checkpointing and micro_batch_tokens save memory",
+        )
 
 
 def _leave() -> None:

@@ -9,7 +9,7 @@ state is a dataclass, and `unpacked` into tensors and numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,28 +100,74 @@ def to_checkpoint(
 
 
 def from_checkpoint(
-    saved: Checkpoint, policy: Policy, critic: Critic, algorithm: Any, *, where: Path
+    saved: Checkpoint,
+    policy: Policy,
+    critic: Critic,
+    algorithm: Any,
+    *,
+    where: Path,
+    same_algorithm: bool = True,
 ) -> TrainState:
-    """Load a checkpoint into policy and critic.
+    """Load a checkpoint into policy and critic, once all of it is found to fit.
 
     A critic or an algorithm of another kind, where the user allows one, keeps its initial state,
     which for the algorithm is the one passed.
 
     Raises:
-        TrpoLMError: If the adapter does not fit, or is not the one that was saved.
+        TrpoLMError: If a part is missing, does not fit, or is not the one that was saved.
     """
     name, values = str(policy.model.active_adapter), saved.state
     stem = Path(ADAPTER).stem if name == "default" else f"{name}/{Path(ADAPTER).stem}"
-    policy.load(saved.tensors.get(stem, {}), where=str(where))
+    tensors = {known: saved.tensors.get(known, {}) for known in (stem, _CRITIC, ALGORITHM)}
+    if others := saved.tensors.keys() - tensors.keys():
+        raise _unfit(where, f"it holds {min(others)}.safetensors, which is no part of a run")
+    for key, kind in {
+        "completions": int, "tokens": int, "checksum": str, "critic": str, "algorithm": dict,
+    }.items():  # fmt: skip
+        if type(values.get(key)) is not kind:
+            raise _unfit(where, f"its state has no {key}")
+    same_critic = values["critic"] == critic.name
+    if same_critic and shapes(tensors[_CRITIC]) != shapes(critic.state()):
+        raise _unfit(where, "its critic does not fit")
+    if same_algorithm:
+        numbers, moments = values["algorithm"], tensors[ALGORITHM]
+        fresh = shapes(unpacked(algorithm)[1])
+        complete = {*numbers, *moments} == {field.name for field in fields(algorithm)}
+        sized = {key: shape for key, shape in shapes(moments).items() if key in fresh}
+        kinds = all(_alike(getattr(algorithm, key), value) for key, value in numbers.items()
+                    if complete)  # fmt: skip
+        if not complete or not kinds or sized != fresh:
+            raise _unfit(where, "the state of its algorithm is not complete")
+        algorithm = packed(algorithm, numbers, moments)
+    policy.load(tensors[stem], where=str(where))
     if policy.parameters.checksum() != values["checksum"]:
         raise TrpoLMError("the adapter did not load as it was saved", where=str(where))
-    if values["critic"] == critic.name:
-        critic.load(saved.tensors.get(_CRITIC, {}))
-    numbers, tensors = values["algorithm"], saved.tensors.get(ALGORITHM, {})
-    if {*numbers, *tensors} == {field.name for field in fields(algorithm)}:
-        algorithm = packed(algorithm, numbers, tensors)
+    if same_critic:
+        critic.load(tensors[_CRITIC])
     counts = saved.update, values["completions"], values["tokens"]
     return snapshot(policy, critic, algorithm, *counts)
+
+
+def _unfit(where: Path, reason: str) -> TrpoLMError:
+    return TrpoLMError(f"{where.name} cannot be resumed from: {reason}", where=str(where))
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return shape and dtype of named tensors."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _alike(fresh: Any, saved: Any) -> bool:
+    """Whether a saved value has the type of a state's fresh one; None may stand for either."""
+    if is_dataclass(fresh):
+        names = {field.name for field in fields(fresh)}
+        return isinstance(saved, dict) and saved.keys() == names and all(
+            _alike(getattr(fresh, name), saved[name]) for name in names
+        )  # fmt: skip
+    if fresh is None or saved is None:
+        return not isinstance(saved, dict | list)
+    number = isinstance(fresh, int | float) and isinstance(saved, int | float)
+    return number or (type(fresh), type(saved)) in ((str, str), (tuple, list), (list, list))
 
 
 # ---------------------------------------------------------------- settings
@@ -138,8 +184,8 @@ def require_same_settings(saved: Settings, current: Settings, allowed: set[str])
     Raises:
         TrpoLMError: With a table of every other difference.
     """
-    then = _flat(saved)
-    now = _flat(yaml.safe_load(yaml.safe_dump(current)))
+    then = flat(saved)
+    now = flat(yaml.safe_load(yaml.safe_dump(current)))
     rows = [
         (key, *(repr(side[key]) if key in side else "(absent)" for side in (then, now)))
         for key in {**then, **now}
@@ -159,12 +205,12 @@ def require_same_settings(saved: Settings, current: Settings, allowed: set[str])
     )
 
 
-def _flat(settings: Settings) -> Settings:
+def flat(settings: Settings) -> Settings:
     """Return {'a.b': value} of nested settings."""
-    flat: Settings = {}
+    pairs: Settings = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            flat |= {f"{key}.{name}": inner for name, inner in _flat(value).items()}
+            pairs |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
         else:
-            flat[key] = value
-    return flat
+            pairs[key] = value
+    return pairs

@@ -13,6 +13,7 @@ update fails or is interrupted half-way, the last one is restored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -46,14 +47,14 @@ from trpo_lm.training.display import (
     sampling_notes,
     show_outcome,
 )
-from trpo_lm.training.folder import require_usable
+from trpo_lm.training.folder import gaps, require_usable
 from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.memory import halved_if_full
 from trpo_lm.training.metrics import Evaluation
 from trpo_lm.training.plan import Plan, longest_prompt, make_plan, processes, rewards_score_prefixes
 from trpo_lm.training.ranks import Ranks, SharedFault
 from trpo_lm.training.stages import Stages
-from trpo_lm.training.state import TrainState, restore, snapshot
+from trpo_lm.training.state import TrainState, flat, restore, snapshot
 
 
 class Trainer:
@@ -98,6 +99,7 @@ class Trainer:
         plots: bool = True,
     ):
         self.args = args = args or TrainerConfig()
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.stage = Stages()
         self.ranks = Ranks(args.ddp_timeout, self.stage)
         self.display: Display = display or Console(self.ranks.main, args.updates)
@@ -121,6 +123,11 @@ class Trainer:
         settings = assembly.run_settings(
             parts, self.algorithm, args, self.prompts, self.ranks.count
         )
+        held_out = self.eval_prompts and self.eval_prompts.fingerprint()
+        start = {"held_out": held_out, "initial_adapter": self.policy.parameters.checksum()}
+        self.ranks.require_same(flat({**settings, **start}))
+        if note := assembly.unsaved_model_note(model, self.policy):
+            self.display.note(note)
         self.archive = Archive(args, settings, parts, self.ranks, self.stage, plots=plots)
         self.callbacks = Callbacks(
             callbacks, args, self.ranks, model=self.policy.model, tokenizer=self.tokenizer
@@ -208,7 +215,9 @@ class Trainer:
                 self._restore(state)
                 self.rows = self.archive.rows(state.update)
             self.display.note(note)
-        if self.updates_done >= args.updates and self.archive.is_finished():
+            if missing := gaps(self.rows, self.updates_done):
+                self.display.note(missing)
+        if self.updates_done >= args.updates and self.archive.is_finished(self.updates_done):
             self.display.note(
                 f"already complete: {self.updates_done} of {args.updates} updates are done"
             )
@@ -423,7 +432,7 @@ class Trainer:
     def _finish(self) -> None:
         """Write the results, and show what changed."""
         self.callbacks.event("on_train_end")
-        self.archive.finish(before_and_after(self.before, self.after))
+        self.archive.finish(self.updates_done, before_and_after(self.before, self.after))
         if self.ranks.main:
             show_outcome(
                 self.display, self.archive.folder, self.rows, self.before, self.after, self.best
@@ -431,8 +440,9 @@ class Trainer:
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write adapter, critic, tokenizer, settings and model card; vanilla peft loads them."""
-        folder = Path(output_dir or self.args.output_dir)
-        self.archive.save_model(folder, before_and_after(self.before, self.after))
+        folder = self.archive.folder.path if output_dir is None else Path(output_dir).expanduser()
+        shown = before_and_after(self.before, self.after)
+        self.archive.save_model(folder, self.updates_done, shown)
 
 
 def TRPOTrainer(*args: Any, settings: dict[str, Any] | None = None, **kwargs: Any) -> Trainer:
