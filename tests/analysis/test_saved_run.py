@@ -9,6 +9,7 @@ import tiny
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +22,7 @@ from trpo_lm.analysis.token_view import token_rows
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.prompts import Prompts, load_prompts
-from trpo_lm.training.manifest import publish
+from trpo_lm.training.manifest import publish, write_manifest
 from trpo_lm.training.trainer import Trainer
 
 HELD_OUT = Prompts(runs.HELD_OUT, {})
@@ -247,18 +248,56 @@ def test_a_model_object_is_recorded_in_its_own_precision(scene, tmp_path):
     assert torch.equal(logits(run.policy.base), logits(made.policy.base))
 
 
+LATER = {"dtype", "attn_implementation", "load_in_4bit", "load_in_8bit", "micro_batch_tokens",
+         "reward_workers", "reward_retries", "digests"}  # fmt: skip
+
+
+def earlier(run, out, bf16):
+    """Copy a run as an earlier version left it: no manifest but in checkpoints, other settings."""
+    shutil.copytree(run, out)
+    for name in ("MANIFEST.json", "best/MANIFEST.json", "best/config.yaml"):
+        (out / name).unlink()
+    for folder in (out, *out.glob("checkpoint-*")):
+        file = folder / "config.yaml"
+        settings = yaml.safe_load(file.read_text()).items()
+        old = {name: value for name, value in settings if name not in LATER}
+        file.write_text(yaml.safe_dump({**old, "bf16": bf16, "micro_batch_size": None}))
+        if folder != out:
+            (folder / "MANIFEST.json").unlink()
+            write_manifest(folder, int(folder.name[-6:]))
+    return out
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_run_of_a_version_with_bf16_reopens(scene, tmp_path, bf16):
+@pytest.mark.parametrize("checkpoint", ["last", "best", "4"])
+def test_a_run_of_an_earlier_version_reopens_with_a_note(scene, tmp_path, bf16, checkpoint, caplog):
     folder, made = scene
-    shutil.copytree(folder / "run", tmp_path / "run")
-    file = tmp_path / "run" / "config.yaml"
-    settings = yaml.safe_load(file.read_text())
-    for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"):
-        del settings[name]
-    file.write_text(yaml.safe_dump({**settings, "bf16": bf16}))
-    run = open_run(tmp_path / "run")
+    out = earlier(folder / "run", tmp_path / "run", bf16)
+    run = open_run(out, checkpoint)
+    assert ["nothing vouches" in record.getMessage() for record in caplog.records] == [True]
     assert run.policy.base.dtype == (torch.bfloat16 if bf16 else torch.float32)
-    assert run.policy.parameters.checksum() == made.policy.parameters.checksum()
+    assert run.update == (made.best.update if checkpoint == "best" else 4)
+    assert run.policy.parameters.checksum() == checksums(out)[run.update]
+    assert run.critic is not None
+    assert evaluate(run, HELD_OUT, completions=1)["policy"]["score"] is not None
+    merge(open_run(out, checkpoint, plain=True), tmp_path / "merged")
+
+
+def test_weights_of_an_earlier_version_that_no_update_made_are_refused(scene, tmp_path):
+    folder, _ = scene
+    out = earlier(folder / "run", tmp_path / "run", False)
+    weights = load_file(out / "adapter_model.safetensors")
+    save_file({name: w + 1 for name, w in weights.items()}, out / "adapter_model.safetensors")
+    with pytest.raises(TrpoLMError, match="no update in metrics"):
+        open_run(out)
+
+
+def test_a_run_of_this_version_without_its_manifest_is_not_one_of_an_earlier(scene, tmp_path):
+    folder, _ = scene
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run" / "MANIFEST.json").unlink()
+    with pytest.raises(TrpoLMError, match="no policy 'last'; there are best, 4"):
+        open_run(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- tokens

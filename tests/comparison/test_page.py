@@ -3,8 +3,10 @@
 import csv
 import json
 
+import pytest
 from folders import table, write_comparison
 
+from trpo_lm.comparison import page
 from trpo_lm.comparison.page import main as draw
 from trpo_lm.comparison.page import write_page
 from trpo_lm.comparison.results import load_comparison, outcomes
@@ -69,6 +71,19 @@ def test_the_page_leads_with_the_best_of_all_other_arms(tmp_path):
     assert "grpo" in first.split(">best competing arm<")[1]
     assert "ppo beta=0.1" not in first.split(">best competing arm<")[1].split("</table>")[0]
     assert "ppo beta=0.1" in every and "grpo" in every
+
+
+@pytest.mark.parametrize("name", ["comparison.html", "figures", "frontier.png"])
+def test_B59_a_comparison_tries_its_outputs_before_it_draws(tmp_path, monkeypatch, capsys, name):
+    folder = write_comparison(tmp_path / "c")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(page, "save_figure", lambda *_: pytest.fail("it draws"))
+    monkeypatch.setattr(page, "save_png", lambda *_: pytest.fail("it draws"))
+    options = ["--frontier", str(folder / name)] if name == "frontier.png" else []
+    assert draw([str(folder), *options]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_the_frontier_alone_has_few_arms(tmp_path):

@@ -7,11 +7,14 @@ import random
 import numpy as np
 import pytest
 import runs
+import tiny
 import torch
 from runs import trainer
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
 
 from trpo_lm.lm.guest import Guest
+from trpo_lm.lm.reward_models import RewardModel
+from trpo_lm.lm.rewards import Rewards
 
 CHANGES = {
     "the current directory": lambda: os.chdir("/"),
@@ -56,6 +59,22 @@ def test_B14_a_guest_has_random_numbers_of_its_own_that_go_on(caplog):
             drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
         assert process() == before
     assert len(set(drawn)) == 3 and not caplog.records
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_B14_a_reward_model_is_a_guest_when_it_scores_prefixes_too(what, caplog):
+    class Changing(RewardModel):
+        def score_prefixes(self, *args, **keywords):
+            CHANGES[what]()
+            return super().score_prefixes(*args, **keywords)
+
+    config = GPT2Config(vocab_size=tiny.V, n_embd=8, n_layer=1, n_head=2, n_positions=64,
+                        num_labels=1, **tiny.ENDS)  # fmt: skip
+    model = Changing(GPT2ForSequenceClassification(config), tiny.tokenizer())
+    rewards, before = Rewards([model]), process()
+    rewards.score_prefixes(["w1"], ["w2 w3"], [["", "w2"]])
+    assert process() == before
+    assert [f"changed {what}" in r.getMessage() for r in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("what", CHANGES)

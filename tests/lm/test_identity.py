@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from trpo_lm.analysis.saved_run import merge, open_run
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
+from trpo_lm.lm.policy import Policy
 from trpo_lm.training.trainer import Trainer
 
 KINDS = ("gpt2", "llama", "qwen2", "neox", "gemma2")
@@ -57,6 +58,29 @@ def test_B03_a_tokenizer_is_known_by_what_it_does_and_not_by_its_last_call():
     assert tokenizer_digest(one) == tokenizer_digest(other)
     for changed in (tiny.tokenizer(bos=False), tiny.tokenizer(chat_template="x")):
         assert tokenizer_digest(changed) != tokenizer_digest(one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("begins", ["fresh", "given, as the base", "given, elsewhere"])
+def test_B03_the_digest_of_a_base_is_the_same_wherever_its_policy_is(kind, begins):
+    """Also inside `reference()`, which switches an adapter off that began as the base."""
+    policy = tiny.policy(kind, spread=0.3 * (begins == "given, elsewhere"))
+    if begins != "fresh":
+        policy = Policy(policy.model)
+    digest = base_digest(tiny.build(kind))
+    for spread in (0.0, 0.5):
+        tiny.perturb(policy, spread)
+        assert base_digest(policy.model) == digest
+        with policy.reference():
+            assert base_digest(policy.model) == digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_B03_an_object_equals_its_files_in_its_own_precision(tmp_path, kind, dtype):
+    tiny.build(kind).save_pretrained(tmp_path)
+    assert equals_files(tiny.build(kind).to(dtype), str(tmp_path))
+    assert not equals_files(tiny.build(kind, seed=1).to(dtype), str(tmp_path))
 
 
 def train(folder, model, **options):
@@ -114,6 +138,19 @@ def test_B03_a_first_stage_that_was_trained_again(tmp_path, model):
         open_run(tmp_path / "two", reward=runs.score)
     with pytest.raises(TrpoLMError, match=r"digests\.reference"):
         train(tmp_path / "two", str(tmp_path / "one"), updates=2, resume_from_checkpoint="auto")
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_B03_a_run_from_an_adapter_that_begins_as_the_base_or_elsewhere_reopens(
+    tmp_path, model, spread
+):
+    given = tiny.policy(model=changed(model, "as saved"), spread=spread).model
+    given.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    made = train(tmp_path / "run", str(tmp_path / "adapter"))
+    run = open_run(tmp_path / "run", reward=runs.score)
+    assert run.policy.parameters.checksum() == made.policy.parameters.checksum()
+    assert run.settings["digests"]["reference"].startswith(run.settings["digests"]["base"] + "+")
 
 
 def test_B03_a_base_that_changed_below_a_finished_run(tmp_path, model):

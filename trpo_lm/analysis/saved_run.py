@@ -25,6 +25,7 @@ from trpo_lm.analysis.probe import probe
 from trpo_lm.config import LORA, ModelSettings, TrainerConfig, describe
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.critic import Critic
+from trpo_lm.lm.identity import base_digest
 from trpo_lm.lm.loading import dtype_name, load_model, load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP
 from trpo_lm.lm.policy import Policy
@@ -34,7 +35,7 @@ from trpo_lm.lm.rewards import Rewards, abstain
 from trpo_lm.lm.rollout import Rollout
 from trpo_lm.report.statistics import bootstrap_interval
 from trpo_lm.storage import Row, read_json_lines, writable_folder
-from trpo_lm.training.assembly import Parts, assemble, digests, make_rewards, reward_digests
+from trpo_lm.training.assembly import assemble, digests, make_rewards, reward_digests
 from trpo_lm.training.checkpoint import load_tensors
 from trpo_lm.training.folder import (
     ADAPTER,
@@ -108,9 +109,13 @@ def open_run(
     args = replace(args, gradient_checkpointing=False)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = settings["model"]
+    seen: list[str] = []  # digest of the base as the run had it
     if plain:
         with quiet_loading():
-            model = load_model(model, args, device=device, plain=True)
+            model = load_model(
+                model, args, device=device, plain=True,
+                loaded=lambda base: seen.append(base_digest(base)),
+            )  # fmt: skip
         args = replace(args, **describe(ModelSettings()))  # they cannot apply once more
     rewards = _rewards(settings, args, reward, device)
     files = manifest.files if manifest else {path.name for path in saved.iterdir()}
@@ -123,7 +128,13 @@ def open_run(
         peft_config=_adapter(settings, saved),
         tokenizer=_tokenizer(run, settings),
     )
-    _require_same_models(settings, parts, saved)
+    if "digests" in settings:
+        _require_same_models(settings, digests(parts, *seen), saved)
+    else:
+        logger.warning(
+            "%s is of an earlier version: nothing vouches that base, reference and reward models "
+            "are those it was trained on", saved,
+        )  # fmt: skip
     parts.policy.load(load_tensors(saved / ADAPTER), where=str(saved))
     if valued:
         critic = load_tensors(saved / CRITIC)
@@ -357,15 +368,9 @@ def _tokenizer(run: RunFolder, settings: Settings) -> Any:
     return load_tokenizer(str(run.path))
 
 
-def _require_same_models(settings: Settings, parts: Parts, saved: Path) -> None:
+def _require_same_models(settings: Settings, now: Settings, saved: Path) -> None:
     """Raise if base or reference are not those that the run was trained on."""
-    if "digests" not in settings:
-        logger.warning(
-            "%s is of an earlier version: nothing vouches that base, reference and reward models "
-            "are those it was trained on", saved,
-        )  # fmt: skip
-        return
-    then, now = settings["digests"], digests(parts)
+    then = settings["digests"]
     differ = [name for name in ("base", "reference") if then.get(name) != now[name]]
     if differ:
         raise TrpoLMError(

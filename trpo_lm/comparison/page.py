@@ -32,7 +32,7 @@ from trpo_lm.report.html import CSS, escape
 from trpo_lm.report.run_log import column
 from trpo_lm.report.statistics import bootstrap_interval, mean
 from trpo_lm.report.style import Table, save_figure, save_png, write_csv
-from trpo_lm.storage import Row
+from trpo_lm.storage import Row, replace_file, writable_file, writable_folder
 
 _NAMES = ("model", "reward_model", "judge")
 NONE = "-"  # a cell without a number
@@ -248,11 +248,14 @@ def write_page(folder: str | Path) -> Path:
         The page, `comparison.html`.
 
     Raises:
-        TrpoLMError: If no run is finished.
+        TrpoLMError: If no run is finished, or nothing can be written there.
     """
     folder = Path(folder)
     c = load_comparison(folder)
-    frontier, *figures = _figures(c, folder / "figures")
+    page, drawn = folder / "comparison.html", folder / "figures"
+    writable_file(page, where="folder")
+    writable_folder(drawn, where="folder")
+    frontier, *figures = _figures(c, drawn)
     write_csv(folder / "results.csv", _run_table(c))
     parts = [
         _introduction(c), frontier, _headline(at_equal_kl(c)),
@@ -276,21 +279,19 @@ def write_page(folder: str | Path) -> Path:
         _costs(c),
         "<h2>Settings</h2>", _settings(c),
     ]  # fmt: skip
-    page = folder / "comparison.html"
-    page.write_text(
+    text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>Comparison</title><style>{CSS}{_CSS}</style></head>\n<body>"
         + "\n".join(parts)
-        + "</body></html>\n",
-        encoding="utf-8",
+        + "</body></html>\n"
     )
+    replace_file(page, text.encode())
     return page
 
 
 def _figures(c: Comparison, folder: Path) -> list[str]:
     """Draw the figures that have numbers; return them as HTML."""
-    folder.mkdir(exist_ok=True)
     parts = []
     for stem, (draw, caption) in FIGURES.items():
         if files := save_figure(folder / stem, draw, c):
@@ -360,8 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.frontier is None:
             print(write_page(args.folder))
         else:
+            out = writable_file(args.frontier, where="frontier")
             c = load_comparison(args.folder)
-            save_png(args.frontier, FIGURES["frontier"][0], replace(c, arms=c.featured))
-            print(args.frontier)
+            save_png(out, FIGURES["frontier"][0], replace(c, arms=c.featured))
+            print(out)
 
     return redraw(draw)

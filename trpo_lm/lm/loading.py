@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def load_model(
     *,
     device: torch.device | str | None = None,
     plain: bool = False,
+    loaded: Callable[[PreTrainedModel], object] = lambda base: None,
 ) -> PreTrainedModel | PeftModel:
     """Load a causal LM by name or path; a folder with an adapter loads its base as well.
 
@@ -46,6 +47,7 @@ def load_model(
         device: Where the model will run: "auto" depends on it, and a quantised base is put there.
             The CPU when None.
         plain: Turn the base into float32 weights that have the values of the ones loaded.
+        loaded: Called with the base as it is in memory before that.
 
     Raises:
         TrpoLMError: If it is not found, needs code of its own, has weights that are no safetensors
@@ -59,9 +61,9 @@ def load_model(
         options["attn_implementation"] = settings.attn_implementation
     try:
         if not (Path(name) / "adapter_config.json").is_file():
-            return _base(name, options, plain=plain)
+            return _base(name, options, plain, loaded)
         base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-        return _adapted(_base(base, options, plain=plain), name)
+        return _adapted(_base(base, options, plain, loaded), name)
     except TrpoLMError:
         raise
     except Exception as error:  # whatever transformers, safetensors or a kernel may raise
@@ -140,7 +142,12 @@ def _quantisation(
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _base(name: str, options: dict[str, Any], *, plain: bool) -> PreTrainedModel:
+def _base(
+    name: str,
+    options: dict[str, Any],
+    plain: bool,
+    loaded: Callable[[PreTrainedModel], object],
+) -> PreTrainedModel:
     """Load a causal LM whose files hold all its weights."""
     require_safetensors(name, "transformers.AutoModelForCausalLM")
     options = {**REPORTED, **options, **_SAFE}
@@ -151,6 +158,7 @@ def _base(name: str, options: dict[str, Any], *, plain: bool) -> PreTrainedModel
             where="model",
             hint="name a complete causal LM, saved by save_pretrained of that class",
         )
+    loaded(model)
     return _plain(model) if plain else model
 
 
@@ -209,7 +217,7 @@ def require_safetensors(folder: str, loader: str) -> None:
 
 def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLMError:
     """Return the error for a model that cannot be loaded."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = _first_line(error)
     kernels = settings.attn_implementation
     if kernels is not None and ("attn" in text or "attention" in text.lower()):
         return TrpoLMError(
@@ -218,7 +226,7 @@ def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLME
             hint="install them, or choose 'sdpa' or 'eager'; without a choice the model's default "
             "is used",
         )
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).is_dir()
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name)
     reason = " not found locally and HF_HUB_OFFLINE=1" if offline else " cannot be loaded"
     return TrpoLMError(
         f"model {name!r}{reason}: {text}",
@@ -244,7 +252,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     """Return the first line of a message, or the error's type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

@@ -254,16 +254,16 @@ def _precision(policy: Policy) -> Settings:
     }
 
 
-def digests(parts: Parts) -> Settings:
+def digests(parts: Parts, base: str | None = None) -> Settings:
     """Return what a run is trained on, as `identity` sees it; before the first update.
 
-    base         the frozen model
+    base         the frozen model; given, if it was changed since it was loaded
     reference    the base, or the base below the adapter that the model came with
     tokenizer
     rewards      reward models; None for a function
     """
     policy = parts.policy
-    base = reference = base_digest(policy.model)
+    base = reference = base or base_digest(policy.model)
     if policy.came_with_adapter:
         adapter = ((str(i), p) for i, p in enumerate(policy.parameters.tensors))
         reference = f"{base}+{tensors_digest(adapter)}"
@@ -282,8 +282,8 @@ def reward_digests(rewards: Rewards) -> list[str | None]:
 
 def unsaved_model_note(model: Any, policy: Policy) -> str | None:
     """Say if a model was passed as an object that no files under its name equal."""
-    if isinstance(model, str) or equals_files(policy.model, policy.name):
-        return None
+    if isinstance(model, str) or policy.quantized or equals_files(policy.model, policy.name):
+        return None  # what is quantised can be compared when it is loaded again only
     return (
         f"the model is an object, and no files under its name, {policy.name!r}, equal it: to open "
         "this run again, save the model first and train it from its folder"
