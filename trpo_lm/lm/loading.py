@@ -62,7 +62,9 @@ def load_model(
     try:
         if not (Path(name) / "adapter_config.json").is_file():
             return _base(name, options, plain, loaded)
-        base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        if not base:  # else a hub would be asked for a model called None
+            raise ValueError("adapter_config.json names no base")
         return _adapted(_base(base, options, plain, loaded), name)
     except TrpoLMError:
         raise

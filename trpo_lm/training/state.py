@@ -108,8 +108,9 @@ def from_checkpoint(
     where: Path,
     same_algorithm: bool = True,
 ) -> TrainState:
-    """Load a checkpoint into policy and critic, once all of it is found to fit.
+    """Load a checkpoint into policy and critic.
 
+    The adapter comes first: where it has another shape, so have the moments of the algorithm.
     A critic or an algorithm of another kind, where the user allows one, keeps its initial state,
     which for the algorithm is the one passed.
 
@@ -126,6 +127,9 @@ def from_checkpoint(
     }.items():  # fmt: skip
         if type(values.get(key)) is not kind:
             raise _unfit(where, f"its state has no {key}")
+    policy.load(tensors[stem], where=str(where))
+    if policy.parameters.checksum() != values["checksum"]:
+        raise TrpoLMError("the adapter did not load as it was saved", where=str(where))
     same_critic = values["critic"] == critic.name
     if same_critic and shapes(tensors[_CRITIC]) != shapes(critic.state()):
         raise _unfit(where, "its critic does not fit")
@@ -139,9 +143,6 @@ def from_checkpoint(
         if not complete or not kinds or sized != fresh:
             raise _unfit(where, "the state of its algorithm is not complete")
         algorithm = packed(algorithm, numbers, moments)
-    policy.load(tensors[stem], where=str(where))
-    if policy.parameters.checksum() != values["checksum"]:
-        raise TrpoLMError("the adapter did not load as it was saved", where=str(where))
     if same_critic:
         critic.load(tensors[_CRITIC])
     counts = saved.update, values["completions"], values["tokens"]
