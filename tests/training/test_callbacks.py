@@ -65,3 +65,23 @@ def test_stopping_by_callback_evaluates_and_saves(tmp_path):
     made = trainer(tmp_path, updates=5, save_steps=0, evals=runs.HELD_OUT, callbacks=[listener])
     made.train()
     assert made.after is not None and checkpoints(tmp_path) == ["checkpoint-000001"]
+
+
+def test_a_dashboard_made_for_trl_finds_its_names(tmp_path):
+    listener = Logs()
+    trainer(tmp_path, updates=2, callbacks=[listener]).train()
+    for logs, row in zip(listener.logs, runs.rows(tmp_path), strict=True):
+        assert logs["reward"] == row["objective/score_mean"]
+        assert logs["reward_std"] == row["objective/score_std"]
+        assert logs["kl"] == row["objective/ref_kl_per_token"]
+        assert logs["completions/mean_length"] == row["objective/completion_length"]
+        assert logs["completions/clipped_ratio"] == 1 - row["objective/eos_rate"]
+        assert logs.get("frac_reward_zero_std") == row["objective/equal_scores"]
+
+
+class Logs(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(logs)

@@ -1,8 +1,18 @@
 """Notes on the metrics of a run."""
 
-import pytest
+from types import SimpleNamespace
 
-from trpo_lm.training.metrics import budget_note, noise_note, notes, stalled_note
+import pytest
+import torch
+
+from trpo_lm.training.metrics import (
+    budget_note,
+    equal_scores,
+    noise_note,
+    notes,
+    stalled_note,
+)
+from trpo_lm.training.ranks import Ranks
 
 
 def rows(*scales):
@@ -75,3 +85,20 @@ def test_the_budget_is_noted_when_it_first_bounds_a_step():
     rows = [MOVED | {"trust_region/case": case} for case in cases]
     assert [budget_note(rows[:i]) is not None for i in range(1, 5)] == [False, True, False, False]
     assert notes(rows[:2], 4) == [budget_note(rows[:2])] and notes([MOVED], 4) == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "groups", "share"),
+    [
+        ([1.0, 1.0, 0.0, 1.0], [0, 0, 1, 1], 0.5),
+        ([0.1 + 0.2, 0.3, 5.0, 5.0], [0, 1, 0, 1], 0.0),  # in any order
+        ([0.1 + 0.2, 0.3, 0.0, 0.0], [0, 0, 1, 1], 1.0),  # rounding is no spread
+        ([1.0, float("nan"), 0.0, 1.0], [0, 0, 1, 1], 0.0),  # one of two abstained: not counted
+        ([1.0, 1.0], [0, 1], None),  # one completion a prompt
+    ],
+)
+def test_equal_scores_is_the_share_of_prompts_without_contrast(scores, groups, share):
+    score = torch.tensor(scores, dtype=torch.float64)
+    marked = SimpleNamespace(score=score, valid=~score.isnan())
+    rollout = SimpleNamespace(scores=marked, groups=torch.tensor(groups))
+    assert equal_scores(rollout, Ranks()) == share

@@ -21,6 +21,7 @@ from trpo_lm.config import TrainerConfig
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.guest import Guest
 from trpo_lm.storage import Row
+from trpo_lm.training.metrics import dashboard
 from trpo_lm.training.ranks import Ranks
 
 
@@ -124,11 +125,12 @@ class Callbacks:
                     setattr(self.control, flag, True)
 
     def log(self, row: Row) -> None:
-        """Send the numbers of an update to the trackers."""
+        """Send the numbers of an update to the trackers and callbacks, also under TRL's names."""
         numbers = {
             k: float(v) if isinstance(v, bool) else v
             for k, v in row.items()
             if isinstance(v, int | float) and k != "update"
         }
+        numbers |= dashboard(numbers)
         self.state.log_history.append({**numbers, "step": self.state.global_step})
         self.event("on_log", logs=numbers)

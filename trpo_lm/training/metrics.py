@@ -37,6 +37,7 @@ METRICS: dict[str, str] = {
     "objective/entropy": "entropy of the policy that sampled, nats per token",
     "objective/completion_length": "mean length of a completion, tokens",
     "objective/eos_rate": "share of completions that end before the length limit",
+    "objective/equal_scores": "share of prompts whose several completions all got one score",
     "objective/eval_score_mean": "mean score on held-out prompts after the update, reward's units",
     "objective/eval_ref_kl": "KL(policy || ref) on held-out prompts, nats per completion",
     "trust_region/kl": "exact KL(old || new) after the step, nats per completion",
@@ -71,6 +72,22 @@ METRICS: dict[str, str] = {
     "time/value": "seconds spent on the critic",
     "time/total": "seconds of the whole update",
 }
+
+DASHBOARD = {  # names that TRL's dashboards read, from ours; what we call otherwise
+    "reward": "objective/score_mean",
+    "reward_std": "objective/score_std",
+    "kl": "objective/ref_kl_per_token",
+    "completions/mean_length": "objective/completion_length",
+    "frac_reward_zero_std": "objective/equal_scores",
+}
+
+
+def dashboard(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the numbers of a row under TRL's names."""
+    named = {theirs: row[ours] for theirs, ours in DASHBOARD.items() if ours in row}
+    if "objective/eos_rate" in row:
+        named["completions/clipped_ratio"] = 1.0 - row["objective/eos_rate"]
+    return named
 
 
 def metrics_row(values: Mapping[str, Any]) -> Row:
@@ -116,10 +133,27 @@ def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[Row, int, int]:
         "objective/entropy": entropies / tokens,
         "objective/completion_length": tokens / N,
         "objective/eos_rate": ended / N,
+        "objective/equal_scores": equal_scores(r, ranks),
         **columns,
         **logged(r.scores.logged, ranks),
     }
     return metrics, int(N), int(tokens)
+
+
+def equal_scores(rollout: Rollout, ranks: Ranks) -> float | None:
+    """Return the share of prompts whose completions all got one score: no contrast within them.
+
+    None where no prompt has two scores.
+    """
+    rows = rollout.scores.valid
+    groups, scores = rollout.groups[rows].tolist(), rollout.scores.score[rows].tolist()
+    of_prompt: dict[int, list[float]] = {}
+    for group, score in zip(groups, scores, strict=True):
+        of_prompt.setdefault(group, []).append(score)
+    spreads = [(max(s) - min(s), max(map(abs, s))) for s in of_prompt.values() if len(s) > 1]
+    equal = sum(spread <= EQUAL * size for spread, size in spreads)
+    total = ranks.reduce(torch.tensor([equal, len(spreads)], dtype=torch.float64))
+    return float(total[0] / total[1]) if total[1] else None
 
 
 def evaluation(batch: Batch, ranks: Ranks) -> Evaluation:
