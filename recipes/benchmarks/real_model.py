@@ -5,8 +5,8 @@
     python recipes/benchmarks/real_model.py --model LM --dataset sums_train.jsonl --lengths 24 \\
         --prompts 8 --each 8 --loop
 
-TRPO first takes a step away from the reference; the budget is then where R stands, so that both
-distances are active. Every round times one TRPO update and one of
+TRPO first takes a step away from the reference, on completions of at most 24 tokens; the budget is
+then where R stands, so that both distances are active. Every round times one TRPO update and one of
 PPO (4 epochs x 4 minibatches) on the same batch; ratios are of the same round. Seconds are CPU
 seconds of one thread. Peaks are the growth of resident memory beyond model and batch, in a process
 of its own for each work. `--loop` times whole steps instead, sampling included, beside those of
@@ -30,7 +30,7 @@ import torch
 from datasets import Dataset
 from step_quality import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from update_cost import Meter, alternate, high_water, quartiles
+from update_cost import Meter, alternate, high_water
 
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO, TRPOState
@@ -41,7 +41,7 @@ from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.prompts import load_prompts
 from trpo_lm.training.trainer import Trainer
 
-WARM, WARM_KL = 1, 0.5  # updates before, and nats of each: away from the reference
+WARM_KL, WARM_LENGTH = 0.5, 24  # nats and tokens of the step away from the reference
 WORKS = ("trpo", "ppo")
 
 
@@ -61,11 +61,13 @@ def trainer(a, length: int, algorithm, updates: int = 1) -> Trainer:
 
 
 def sampled(a, length: int) -> tuple[BatchObjective, TRPOState]:
-    """Return the objective of a batch after some updates, and what these have taught TRPO."""
-    made = trainer(a, length, TRPO(max_kl=WARM_KL, max_ref_kl=None), WARM + 1)
-    for _ in range(WARM):
-        made.train_step()
-    return collect(made, 1)[0], made.algorithm_state
+    """Return the objective of a batch after a step, and what this has taught TRPO."""
+    warm = trainer(a, min(length, WARM_LENGTH), TRPO(max_kl=WARM_KL, max_ref_kl=None))
+    warm.train_step()
+    made = trainer(a, length, TRPO(), 2)
+    made.policy.parameters.restore(warm.policy.parameters.snapshot())
+    made.updates_done = 1
+    return collect(made, 1)[0], warm.algorithm_state
 
 
 def works(objective: BatchObjective, state: TRPOState) -> dict:
@@ -85,21 +87,24 @@ def works(objective: BatchObjective, state: TRPOState) -> dict:
 def report(a, length: int) -> dict:
     """Measure updates on completions of one length."""
     objective, state = sampled(a, length)
-    both, meter = works(objective, state), Meter()
-    with meter.watching():
-        row = both["trpo"]()
-    seconds = alternate(both, a.repeats, warm=False)
-    pairs = zip(seconds["trpo"], seconds["ppo"], strict=True)
+    both, meter, rows = works(objective, state), Meter(), []
+
+    def watched():
+        with meter.watching():
+            rows.append(both["trpo"]())
+
+    seconds = alternate(both | {"trpo": watched}, a.repeats, warm=False)
+    ratios = [x / y for x, y in zip(seconds["trpo"], seconds["ppo"], strict=True)]
     wanted = ("trust_region/case", "line_search/trials", "cg/iterations", "cg/product",
               "cg/completions", "cg/damping")  # fmt: skip
     return {
         "completions": len(objective.batch.rollout),
         "tokens": len(objective.batch.actions),
         "reference KL": round(objective.reference_kl()[0], 3),
-        **{name: row[name] for name in wanted},
-        "seconds": {name: quartiles(values) for name, values in seconds.items()},
-        "trpo over ppo": quartiles([x / y for x, y in pairs]),
-        "trpo by phase": {k: round(v, 1) for k, v in meter.seconds.items()},
+        **{name: rows[0][name] for name in wanted},
+        "seconds": {name: [round(s, 1) for s in values] for name, values in seconds.items()},
+        "trpo over ppo": {"median": statistics.median(ratios), "all": ratios},
+        "trpo by phase": {k: round(v / a.repeats, 1) for k, v in meter.seconds.items()},
         "peak MiB": {name: peak(a, length, name) for name in WORKS if not a.no_peaks},
     }
 
