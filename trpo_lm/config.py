@@ -127,7 +127,11 @@ class TRPOSettings(_Settings):
         None, "GAE lambda, in [0, 1]; default: 0.5 with a prefix critic, 0.95 with a value head"
     )
     cg_iterations: int = option(8, "most conjugate-gradient iterations for each of the two solves")
-    cg_tolerance: float = option(0.01, "relative residual at which conjugate gradient stops")
+    cg_tolerance: float = option(
+        0.01,
+        "relative residual at which conjugate gradient stops, times the damping where that is "
+        "above 1",
+    )
     damping: float | None = option(
         None,
         "added to the Fisher's diagonal, in units of its Rayleigh quotient along the gradient; "
@@ -136,7 +140,7 @@ class TRPOSettings(_Settings):
     fisher_completions: int | None = option(
         None,
         "completions (over all processes) whose tokens make up the Fisher products; default: a "
-        "sixteenth of the batch, fewer where memory is short",
+        "sixteenth of the batch, at least two and about 96 tokens, fewer where memory is short",
     )
     line_search_trials: int = option(
         8, "most step lengths to try before the step is rejected; 0: take the full step (NPG)"

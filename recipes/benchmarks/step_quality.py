@@ -8,7 +8,7 @@ several numbers of completions in the Fisher and of CG iterations, with the run'
 metric. A step is evaluated on other batches: its gain by their mean gradient, and its KL, to which
 all steps are scaled, by Fisher products on the whole of another batch. Net gain is g.x minus the
 price of the step's change of R (at the policy's multiplier, 0 far below the budget), in standard
-deviations of the advantage. Exact means all completions and 40 iterations.
+deviations of the advantage. Exact means all completions and a residual of 1e-4.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trpo_lm.core.natural_step import farthest_step, solve
 from trpo_lm.lm.rewards import load_reward
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
-EXACT = 40  # CG iterations
+EXACT, RESIDUAL = 40, 1e-4  # CG iterations at most, and where an exact solve ends
 NEAR = 0.1  # nats below the budget at which R begins to cost
 
 
@@ -92,16 +92,17 @@ def run() -> None:
 
 def judge(trainer, a: Arguments) -> dict[str, list[float]]:
     """Return the net gain of each way to solve, from each of several batches."""
-    rule, N = trainer.algorithm, float(a.prompts_per_update * a.completions_per_prompt)
+    rule, N = trainer.algorithm, a.prompts_per_update * a.completions_per_prompt
     objectives = collect(trainer, a.batches)
     sums = [objective.gradients(reference=True) for objective in objectives]
     g, b = (torch.stack([s[i].sum(0) / N for s in sums]) for i in (0, 1))
-    ways = {f"{int(N)} completions, {EXACT} iterations": (int(N), EXACT)} | {
-        f"{m} completions, {c} iterations": (m, c)
+    fixed = replace(rule, cg_tolerance=0.0)
+    ways = {"exact": (N, None), "the trainer's own": (None, rule)} | {
+        f"{m} completions, {c} iterations": (m, replace(fixed, cg_iterations=c))
         for m in a.fisher_completions
         for c in a.cg_iterations
     }
-    ways["scores, 8 iterations"] = (0, 8)
+    ways["scores, 8 iterations"] = (0, replace(fixed, cg_iterations=8))
     gains: dict[str, list[float]] = {name: [] for name in ways}
     for i, objective in enumerate(objectives):
         others = [j for j in range(len(objectives)) if j != i]
@@ -110,17 +111,18 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
         _, budget = budget_on_batch(state.reference, k=R, error=error, budget=a.max_ref_kl)
         _, limits = rule.step_limits(state, sums[i][0], R, budget, N)
         limits = replace(limits, radius=rule.max_kl)
-        truth = objectives[others[0]].fisher(int(N))
+        truth = objectives[others[0]].fisher(N)
         g_true, b_true = (x[others].double().mean(0) for x in (g, b))
-        worth = 0.0
-        if a.max_ref_kl - NEAR < R:
-            w = solve(truth, b_true.float(), limits, replace(rule, cg_iterations=EXACT)).x.double()
+        exact = replace(rule, cg_iterations=EXACT, cg_tolerance=RESIDUAL / max(1, limits.damping))
+        worth, near = 0.0, a.max_ref_kl - NEAR < R
+        if near:
+            w = solve(truth, b_true.float(), limits, exact).x.double()
             worth = float(g_true @ w / (b_true @ w))
-        for name, (completions, iterations) in ways.items():
-            settings = replace(rule, cg_iterations=iterations)
-            F = objective.fisher(completions) if completions else scores(objective, N)
-            v, w = (solve(F, rhs[i], limits, settings) for rhs in (g, b))
-            x = farthest_step(F, v, w, g[i], b[i], limits)[0].double()
+        for name, (completions, settings) in ways.items():
+            F = scores(objective, N) if completions == 0 else objective.fisher(completions)
+            v = solve(F, g[i], limits, settings or exact)
+            w = solve(F, b[i], limits, settings or exact) if near else None
+            x = farthest_step(F, v, w, g[i], b[i] if near else None, limits)[0].double()
             kl = float(x @ truth(x.float()).double()) / 2
             x *= (rule.max_kl / kl) ** 0.5
             dear = float(b_true @ x) + rule.max_kl  # b.x + 1/2 x.Fx

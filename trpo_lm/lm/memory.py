@@ -22,7 +22,7 @@ from torch import Tensor
 
 SHARE = 1 / 8  # of the memory that the weights leave, for one phase; the rest is for the others
 MOST_TOKENS = 1 << 14  # more at once are no faster
-MOST_TOKENS_CPU = 1 << 11  # nor are these on a CPU, whose caches are small
+MOST_TOKENS_CPU = 1 << 9  # nor are these on a CPU: the same from 256 to 2,048, in less memory
 PHASES = ("rollout", "forward", "gradient", "fisher")
 PROBE_LENGTH = 48  # tokens of the rows on which memory is measured, and a third of it
 PULLBACK = 1.15  # what a retained graph holds, over the graph of the outputs alone
@@ -111,7 +111,7 @@ def measured_costs(
     }
     layer = held["plain"] * (1 / max(1, layers))
     return {
-        "rollout": Cost(cached),
+        "rollout": Cost(cached) + layer * 2.0,  # of the pass over the prompts
         "forward": layer * 2.0,
         "gradient": held["recomputed"] + layer if "recomputed" in held else held["plain"],
         "fisher": held["linearised"] * PULLBACK,

@@ -34,7 +34,8 @@ from trpo_lm.lm.rollout import Batch, micro_batches
 from trpo_lm.seeds import generator
 
 CACHED_CHUNKS = 16  # of probabilities, kept between Fisher products; more are computed anew
-FISHER_SHARE, FEWEST = 1 / 16, 4  # of the batch's completions in the Fisher; at least
+FISHER_SHARE = 1 / 16  # of the batch's completions in the Fisher
+FEWEST, FEWEST_TOKENS = 2, 96  # completions in it and tokens of these, at least
 SCORES = 64  # sampled, where products are made of them
 
 Fisher = FisherOperator | ForwardFisher | ScoreFisher
@@ -153,7 +154,8 @@ class BatchObjective:
             completions: Over all ranks; None: `FISHER_SHARE` of the batch.
         """
         policy, r, theta = self.policy, self.batch.rollout, self.theta
-        share = math.ceil(completions_in_fisher(completions, self.N) * len(r) / self.N)
+        length = float(self.reduce(r.lengths.double().sum().cpu())) / self.N
+        share = math.ceil(completions_in_fisher(completions, self.N, length) * len(r) / self.N)
         rows = torch.linspace(0, len(r) - 1, min(len(r), share)).round().long().unique()
         kind, rows = self._product(rows, fixed=completions is not None)
         count = float(self.reduce(torch.tensor(float(len(rows)), dtype=torch.float64)))
@@ -259,14 +261,16 @@ def choose_product(policy: Policy, lengths: Tensor) -> tuple[str, str]:
     return "scores", f"sampled, by first derivatives only; {fault}"
 
 
-def completions_in_fisher(asked: int | None, N: float) -> float:
+def completions_in_fisher(asked: int | None, N: float, length: float) -> float:
     """Return how many completions of N make up the Fisher products, unless memory is short.
 
     Args:
-        asked: As set; None: `FISHER_SHARE` of them, at least `FEWEST`.
+        asked: As set; None: `FISHER_SHARE` of them, at least `FEWEST` and `FEWEST_TOKENS`.
         N: Completions of the batch, of all processes.
+        length: Of a completion, tokens.
     """
-    return max(FEWEST, N * FISHER_SHARE) if asked is None else asked
+    fewest = max(FEWEST, FEWEST_TOKENS / length)
+    return min(N, max(fewest, N * FISHER_SHARE)) if asked is None else asked
 
 
 def forward_piece(

@@ -112,9 +112,9 @@ def product_notes(policy: Policy, settings: Settings) -> list[str]:
     if "fisher_completions" not in settings:
         return []
     completions = settings["prompts_per_update"] * settings["completions_per_prompt"]
-    rows = math.ceil(completions_in_fisher(settings["fisher_completions"], completions))
-    each = math.ceil(min(rows, completions) / settings["world_size"])
-    lengths = torch.full((each,), settings["max_completion_length"])
+    length = settings["max_completion_length"]
+    rows = math.ceil(completions_in_fisher(settings["fisher_completions"], completions, length))
+    lengths = torch.full((math.ceil(min(rows, completions) / settings["world_size"]),), length)
     kind, why = choose_product(policy, lengths)
     return [f"Fisher products of {rows} completions: {kind} ({why})"]
 

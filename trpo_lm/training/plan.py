@@ -546,7 +546,7 @@ class _Run:
         """Return what products take, made as `BatchObjective.fisher` would make them."""
         wanted, M = self.algorithm.fisher_completions, 4.0 * s.trainable
         T, V = self.args.max_completion_length, s.vocabulary
-        share = completions_in_fisher(wanted, N * self.processes) / self.processes
+        share = completions_in_fisher(wanted, N * self.processes, T) / self.processes
         rows = min(N, math.ceil(share))
         fits = room.holds("fisher", rows * length, length)
         while not (fits and s.exact) and wanted is None and rows > FEWEST / self.processes:
