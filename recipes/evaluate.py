@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trpo_lm.cli import main, parse
 from trpo_lm.config import option
@@ -48,6 +49,7 @@ class Arguments:
 # Name in the JSON, words for it, and its unit.
 MEASURES = (
     ("score", "score", "reward"),
+    ("greedy", "score, greedy", "reward"),
     ("judge", "score by the judge", "judge"),
     ("ref_kl", "KL to reference", "nats/completion"),
     ("entropy", "entropy", "nats/token"),
@@ -98,17 +100,8 @@ def run() -> None:
 
     budget = opened.settings.get("max_ref_kl")
     console = Console(True, 1)
-    console.table(
-        f"{a.checkpoint} policy, update {opened.update}, and its reference on {len(prompts)} "
-        f"held-out prompts x {a.completions} completions",
-        ["", "unit", "reference", "policy", "difference"],
-        [
-            [words, unit, *(_shown(found[side], name) for side in found)]
-            for name, words, unit in MEASURES
-            if found["policy"][name] is not None
-        ],
-    )
-    console.note("[ ]: 95% bootstrap interval over prompts; differences prompt by prompt")
+    title = f"{a.checkpoint} policy, update {opened.update}, and its reference"
+    show(console, found, f"{title} on {len(prompts)} held-out prompts x {a.completions}")
     if budget is not None:
         console.note(f"budget: {budget} nats per completion from the reference")
     if judge is None:
@@ -125,6 +118,17 @@ def run() -> None:
     }
     replace_file(output, json.dumps({**facts, **found}, indent=1, allow_nan=False).encode())
     console.note(f"figures: {output}")
+
+
+def show(console: Any, found: dict, title: str) -> None:
+    """Print what `evaluate` found, as a table."""
+    rows = [
+        [words, unit, *(_shown(found[side], name) for side in found)]
+        for name, words, unit in MEASURES
+        if found["policy"][name] is not None
+    ]
+    console.table(title, ["", "unit", "reference", "policy", "difference"], rows)
+    console.note("[ ]: 95% bootstrap interval over prompts; differences prompt by prompt")
 
 
 def _shown(side: dict, name: str) -> str:

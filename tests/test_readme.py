@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -142,6 +143,23 @@ def test_a_short_recipe_runs():
     done = launch(["recipes/theory.py"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "every statement holds"
+
+
+@pytest.mark.slow
+def test_the_recipe_for_checked_answers_runs(tmp_path):
+    """On a model that knows no sums: what counts is that it ends with its table."""
+    rows = [{"prompt": f"a film from {i} is", "answer": str(i)} for i in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = launch([
+        "recipes/verifiable.py", "--model", "data/lm", "--dataset", str(data),
+        "--eval_dataset", str(data), "--updates", "1", "--prompts_per_update", "8",
+        "--completions_per_prompt", "2", "--max_completion_length", "6",
+        "--output_dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("accuracy on 8 held-out questions") :]
+    assert all(word in table for word in ("score, greedy", "KL to reference", "nll"))
 
 
 def test_citation_and_changelog_name_this_version():

@@ -143,6 +143,8 @@ def test_the_evaluation_is_what_the_trainer_measures(scene):
         made.policy, runs.HELD_OUT, completions_per_prompt=64, seed=(0, "evaluate")
     )
     assert policy["score"] == pytest.approx(float(own.scores.score.mean()))
+    greedy = run.mdp.rollout(made.policy, runs.HELD_OUT, seed=(1,), greedy=True)
+    assert policy["greedy"] == pytest.approx(float(greedy.scores.score.mean()))
     assert evaluate(run, HELD_OUT, completions=64)["policy"]["score"] == policy["score"]
     json.dumps(found, allow_nan=False)
 

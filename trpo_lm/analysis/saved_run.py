@@ -181,8 +181,9 @@ def evaluate(
         judge: Scores prompts and completions; nothing was trained on it.
 
     Returns:
-        `reference` and `policy`, each with the results of `probe`, `score_interval` and
-        `judge_interval`; `difference` of `score` and `judge` with their intervals. What was not
+        `reference` and `policy`, each with the results of `probe`, the score `greedy` of the
+        likeliest completion of each prompt, and the intervals `score_interval`, `greedy_interval`
+        and `judge_interval`; `difference` of these scores with their intervals. What was not
         measured is None.
 
     Raises:
@@ -198,9 +199,11 @@ def evaluate(
     run.rewards.check_columns(prompts.columns)
     with run.policy.reference():
         text = _sample(run, prompts, completions, seed)
-        reference, reference_means = _measure(run, text, text, completions, judge)
+        likeliest = _sample(run, prompts, 1, seed, greedy=True)
+        reference, reference_means = _measure(run, text, likeliest, text, completions, judge)
     rollout = _sample(run, prompts, completions, seed)
-    policy, policy_means = _measure(run, rollout, text, completions, judge)
+    likeliest = _sample(run, prompts, 1, seed, greedy=True)
+    policy, policy_means = _measure(run, rollout, likeliest, text, completions, judge)
     difference: Row = {}
     for kind, before in reference_means.items():
         gain = policy_means[kind] - before
@@ -210,19 +213,23 @@ def evaluate(
     return {"reference": reference, "policy": policy, "difference": difference}
 
 
-def _sample(run: FinishedRun, prompts: Prompts, completions: int, seed: int) -> Rollout:
+def _sample(
+    run: FinishedRun, prompts: Prompts, completions: int, seed: int, *, greedy: bool = False
+) -> Rollout:
     return run.mdp.rollout(
         run.policy,
         prompts.prompts,
         columns=prompts.columns,
         completions_per_prompt=completions,
         seed=(seed, "evaluate"),
+        greedy=greedy,
     )
 
 
 def _measure(
     run: FinishedRun,
     rollout: Rollout,
+    likeliest: Rollout,
     text: Rollout,
     completions: int,
     judge: Callable[..., list[float]] | None,
@@ -240,6 +247,9 @@ def _measure(
     if verdicts is not None:
         each["judge"] = torch.tensor(verdicts).double()
     means = {kind: x.reshape(-1, completions).nanmean(-1) for kind, x in each.items()}
+    means["greedy"] = likeliest.scores.score.double().where(likeliest.scores.valid, torch.nan)
+    mean = float(means["greedy"].nanmean())
+    results["greedy"] = mean if isfinite(mean) else None
     return results | {f"{kind}_interval": _interval(x) for kind, x in means.items()}, means
 
 

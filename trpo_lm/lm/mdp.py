@@ -155,6 +155,7 @@ class TokenMDP:
         columns: dict[str, list] | None = None,
         seed: tuple[int | str, ...] = (0,),
         trainer_state: Any = None,
+        greedy: bool = False,
     ) -> Rollout:
         """Sample completions from the policy and score them.
 
@@ -165,6 +166,7 @@ class TokenMDP:
             columns: Further dataset columns, one value a prompt; they reach the reward functions.
             seed: What the random numbers derive from.
             trainer_state: Passed on to reward functions that ask for it.
+            greedy: Take the likeliest token instead of sampling.
 
         Raises:
             RunFault: If the model returns non-finite logits, or a reward function fails.
@@ -180,7 +182,9 @@ class TokenMDP:
         rows = min(GENERATE_ROWS, size // length)
         sampled = torch.cat(
             [
-                self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start))
+                self._generate(
+                    policy, ids[part], mask[part], (*seed, "generate", part.start), greedy
+                )
                 for part in _slices(len(ids), rows)
             ]
         )
@@ -270,10 +274,12 @@ class TokenMDP:
         return torch.tensor(ids), torch.tensor(mask)
 
     @torch.no_grad()
-    def _generate(self, policy: Policy, ids: Tensor, mask: Tensor, seed: tuple) -> Tensor:
+    def _generate(
+        self, policy: Policy, ids: Tensor, mask: Tensor, seed: tuple, greedy: bool
+    ) -> Tensor:
         """Return sampled tokens, (n, max_completion_length), anything after EOS."""
         config = GenerationConfig(
-            **NEUTRAL_SAMPLING,
+            **NEUTRAL_SAMPLING | {"top_k": int(greedy)},
             temperature=policy.temperature,
             max_new_tokens=self.max_completion_length,
             eos_token_id=self.eos_token_ids or None,
