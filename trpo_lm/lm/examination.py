@@ -86,10 +86,10 @@ _open: ContextVar[Examination | None] = ContextVar("examination", default=None)
 @contextmanager
 def examination() -> Iterator[Examination]:
     """Record the checks that are made inside the block; one inside another is the same."""
-    outer = _open.get()
-    token = _open.set(outer or Examination())
+    record = _open.get() or Examination()
+    token = _open.set(record)
     try:
-        yield _open.get() or Examination()
+        yield record
     finally:
         _open.reset(token)
 
@@ -285,7 +285,7 @@ def gradient_exists(theta: ParameterVector, features: Callable[[], Tensor], adap
     Args:
         theta: The parameters.
         features: A pass over the probe, with a graph to them.
-        adapter: Kind of the adapter.
+        adapter: Class of its config.
     """
     outputs = features()
     if outputs.requires_grad and theta.gradient(outputs, cotangent=_random(outputs)).any():

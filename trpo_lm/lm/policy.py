@@ -442,7 +442,8 @@ class Policy:
             self.shares_prefixes = shared
             return self.features(*stages)
 
-        examine(gradient_exists, theta, features, self.model.active_peft_config.peft_type)
+        kind = type(self.model.active_peft_config).__name__
+        examine(gradient_exists, theta, features, kind)
         head = self.base.get_output_embeddings()
         fault = examine(head_is_linear, self.base, self._transformer, head)
         self.head = head if fault is None else None
