@@ -192,8 +192,8 @@ class Trainer:
     def examine(cls, *arguments: Any, **options: Any) -> Examination:
         """Make every check that `Trainer` with the same arguments makes, and leave it at that.
 
-        Nothing is generated, and the output folder stays empty. The result prints as a table; its `error` is what
-        constructing the trainer raised, if anything.
+        Nothing is generated, and the output folder stays empty. The result prints as a table; its
+        `error` is what constructing the trainer raised, if anything.
         """
         with examination() as examined:
             try:
