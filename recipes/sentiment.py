@@ -38,6 +38,9 @@ class Arguments(DatasetSettings):
         str(DATA / "prompts_train.jsonl"), "prompts: .jsonl, .csv, .txt, or a folder or hub id"
     )
     dry_run: bool = option(False, "say what the run needs and what fits, load nothing, and exit")
+    examine: bool = option(
+        False, "make all checks of the start, print them with yes or no, and exit"
+    )
     memory: str | None = option(
         None, "of a GPU that the dry run is about, e.g. 24GiB; default: the device's own"
     )
@@ -91,14 +94,16 @@ def run() -> None:
             print(f"reward function: {arguments.reward_function}", flush=True)
     own = str(DATA / "prompts_test.jsonl") if arguments.dataset == Arguments.dataset else None
     prompts, held_out = load_from_settings(arguments, own, split_off=256)
-    Trainer(
-        arguments.model,
-        reward,
-        prompts,
-        args,
-        held_out,
-        algorithm=TRPO(**describe(settings)),
-    ).train()
+    given = arguments.model, reward, prompts, args, held_out
+    algorithm = TRPO(**describe(settings))
+    if arguments.examine:
+        examined = Trainer.examine(*given, algorithm=algorithm)
+        if main_process:
+            print(examined)
+        if examined.error is not None:
+            raise examined.error
+        return
+    Trainer(*given, algorithm=algorithm).train()
 
 
 if __name__ == "__main__":

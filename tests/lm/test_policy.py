@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 import trpo_lm.lm.policy
 from trpo_lm.algorithms.trpo import TRPO
@@ -150,8 +150,10 @@ def test_an_adapter_that_came_with_the_model_is_the_reference(tmp_path):
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_the_reference_gives_the_policy_back_bit_for_bit_also_after_an_exception(fresh):
-    options = {} if fresh else {"peft": tiny.lora(init_lora_weights=False)}
-    policy = tiny.policy(spread=0.3, **options)
+    policy = Policy(
+        tiny.build() if fresh else get_peft_model(tiny.build(), tiny.lora(init_lora_weights=False))
+    )
+    tiny.perturb(policy, 0.3)
     before, probe = policy.parameters.checksum(), policy.probe_inputs()
     moved = policy.base(**probe).logits
     with policy.reference():
@@ -237,8 +239,7 @@ def test_linear_modules_are_found_in_both_families():
 
 
 def test_N10_an_adapter_without_trainable_parameters():
-    other = IA3Config(task_type="CAUSAL_LM", target_modules=["c_fc"], feedforward_modules=["c_fc"])
-    frozen = get_peft_model(tiny.build(), other)
+    frozen = get_peft_model(tiny.build(), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
     frozen.requires_grad_(False)
     with pytest.raises(TrpoLMError, match=re.escape("no trainable parameters")) as error:
         Policy(frozen)

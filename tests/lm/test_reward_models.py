@@ -372,9 +372,9 @@ def test_B31_a_conversation_that_the_template_of_a_reward_model_refuses_is_named
     system = [{"role": "system", "content": "w1"}, *talk]
     with pytest.raises(TrpoLMError, match=r"no system.*row 1"):
         reward = RewardModel(make_model(), make_tokenizer(template=refuse))
-        Rewards(reward).check_prompts([talk, system], {})
+        reward.check_prompts([talk, system], {})
     with pytest.raises(TrpoLMError, match=r"has no chat template.*row 0"):
-        Rewards(RewardModel(make_model(), make_tokenizer())).check_prompts([talk], {})
+        RewardModel(make_model(), make_tokenizer()).check_prompts([talk], {})
 
 
 def test_B15_tools_of_a_row_reach_the_template_of_a_reward_model():

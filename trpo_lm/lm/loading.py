@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from trpo_lm.config import LORA, ModelSettings
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.examination import examine, weights_are_complete
 from trpo_lm.seeds import global_seed
 
 # How files are read: no code in them, and what they lack is reported.
@@ -154,12 +161,10 @@ def _base(
     require_safetensors(name, "transformers.AutoModelForCausalLM")
     options = {**REPORTED, **options, **_SAFE}
     model, report = AutoModelForCausalLM.from_pretrained(name, **options)  # type: ignore[misc]
-    if lacking := missing_weights(report):
-        raise TrpoLMError(
-            f"the files of model {name!r} lack {lacking}",
-            where="model",
-            hint="name a complete causal LM, saved by save_pretrained of that class",
-        )
+    examine(
+        weights_are_complete, report, f"the files of model {name!r} lack", where="model",
+        hint="name a complete causal LM, saved by save_pretrained of that class",
+    )  # fmt: skip
     loaded(model)
     return _plain(model) if plain else model
 
@@ -184,16 +189,6 @@ def _adapted(base: PreTrainedModel, folder: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
-
-
-def missing_weights(report: dict[str, Any]) -> str:
-    """Return the weights that files lack, or hold in another shape, as words; "" if none.
-
-    Args:
-        report: From `from_pretrained` with the options `REPORTED`. Tied weights are not missing.
-    """
-    names = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more weights" if names[4:] else "")
 
 
 def require_safetensors(folder: str, loader: str) -> None:
@@ -305,7 +300,7 @@ def with_adapter(
     *,
     seed: int,
 ) -> PeftModel:
-    """Freeze a model and add an adapter, or make the LoRA of a PeftModel trainable.
+    """Freeze a model and add an adapter, or make that of a PeftModel trainable, all of it.
 
     Args:
         model: Causal LM.
@@ -333,8 +328,10 @@ def with_adapter(
                 "the model already has an adapter", where="peft_config",
                 hint="pass peft_config=None to train the adapter that came with the model",
             )  # fmt: skip
-        for name, p in model.named_parameters():
-            if "lora_" in name and f".{model.active_adapter}." in name:
+        saved = get_peft_model_state_dict(model, adapter_name=str(model.active_adapter))
+        held = {tensor.data_ptr() for tensor in saved.values()}
+        for p in model.parameters():
+            if p.data_ptr() in held:
                 p.requires_grad_(True)
         return model
     for p in model.parameters():
@@ -345,11 +342,12 @@ def with_adapter(
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
             return get_peft_model(model, peft_config or default_lora(settings))  # type: ignore
-    except ValueError as error:
+    except Exception as error:  # whatever peft may raise
         raise TrpoLMError(
-            f"the adapter does not fit the model: {str(error).splitlines()[0]}",
+            f"the adapter does not fit the model: {_first_line(error)}",
             where="peft_config" if peft_config is not None else "lora_target_modules",
-            hint=f"target_modules can be 'all-linear' or any of {linear_module_names(model)}",
+            hint="give a PeftConfig, as LoraConfig; its target_modules can be 'all-linear' or any "
+            f"of {linear_module_names(model)}",
         ) from error
 
 

@@ -11,14 +11,16 @@ together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trpo_lm.core.divergences import log_softmax, token_logprobs
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompt, encode_prompts, is_prefilled
@@ -27,6 +29,7 @@ from trpo_lm.lm.rollout import Rollout
 from trpo_lm.seeds import global_seed
 
 _BEFORE = 8  # tokens of a prompt that decide how a completion begins: a space, half a character
+WATCHED = 8  # rows of which the log-probabilities are recorded while they are sampled
 GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
 
 # What transformers would otherwise inherit from the model's own generation_config: the sampler must
@@ -180,15 +183,13 @@ class TokenMDP:
         length = ids.shape[1] + self.max_completion_length
         size = policy.room.tokens("rollout", length, len(ids) * length)
         rows = min(GENERATE_ROWS, size // length)
-        sampled = torch.cat(
-            [
-                self._generate(
-                    policy, ids[part], mask[part], (*seed, "generate", part.start), greedy
-                )
-                for part in _slices(len(ids), rows)
-            ]
-        )
-        return self.scored(repeated, ids, mask, sampled, groups, values, trainer_state)
+        parts = [
+            self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start), greedy)
+            for part in _slices(len(ids), rows)
+        ]
+        sampled = torch.cat([tokens for tokens, _ in parts])
+        made = self.scored(repeated, ids, mask, sampled, groups, values, trainer_state)
+        return replace(made, drawn_logprobs=parts[0][1])
 
     def scored(
         self,
@@ -276,8 +277,8 @@ class TokenMDP:
     @torch.no_grad()
     def _generate(
         self, policy: Policy, ids: Tensor, mask: Tensor, seed: tuple, greedy: bool
-    ) -> Tensor:
-        """Return sampled tokens, (n, max_completion_length), anything after EOS."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return sampled tokens, (n, T), anything after EOS; and log-probabilities of the first."""
         config = GenerationConfig(
             **NEUTRAL_SAMPLING | {"top_k": int(greedy)},
             temperature=policy.temperature,
@@ -288,6 +289,7 @@ class TokenMDP:
         shipped, policy.base.generation_config = policy.base.generation_config, config
         computed = policy.prompt_cache(ids, mask)
         cache, ids, mask = computed or (None, ids, mask)
+        watch = _Watch(policy.temperature)
         known = {} if cache is None else {policy.cache_argument: cache}
         try:
             with global_seed(*seed, device=policy.device):  # type: ignore[misc]
@@ -296,13 +298,14 @@ class TokenMDP:
                     attention_mask=mask.to(policy.device),
                     generation_config=config,
                     **known,
-                    logits_processor=LogitsProcessorList([_FiniteLogits()]),
+                    logits_processor=LogitsProcessorList([watch]),
                 )
         finally:
             policy.base.generation_config = shipped
+        drawn = watch.drawn(out)
         out = out[:, ids.shape[1] :].cpu()
-        missing = self.max_completion_length - out.shape[1]
-        return torch.nn.functional.pad(out, (0, missing), value=self.pad_token_id)
+        missing = (0, self.max_completion_length - out.shape[1])
+        return pad(out, missing, value=self.pad_token_id), pad(drawn, missing)
 
     def _lengths(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
         """Return the number of actions of each row, EOS included, and whether none was EOS."""
@@ -312,7 +315,14 @@ class TokenMDP:
         return torch.where(ended, first, sampled.shape[1]), ~ended
 
 
-class _FiniteLogits(LogitsProcessor):
+class _Watch(LogitsProcessor):
+    """Checks logits, and records the log-probability with which tokens of a few rows are drawn."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.latest: Tensor | None = None
+        self.columns: list[Tensor] = []
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         whole = scores.sum()  # one pass: nan and +inf survive a sum, and -inf is a legal logit
         if torch.isnan(whole) or whole == torch.inf:
@@ -320,7 +330,16 @@ class _FiniteLogits(LogitsProcessor):
                 "non-finite logits at layer output", where="generation",
                 hint="a weight of the model is nan or infinite, or its dtype overflows",
             )  # fmt: skip
+        self.drawn(input_ids)
+        self.latest = log_softmax(scores[:WATCHED].float() / self.temperature)
         return scores
+
+    def drawn(self, input_ids: Tensor) -> Tensor:
+        """Take up the last tokens; return the log-probabilities of all so far, (n, steps)."""
+        if self.latest is None:
+            return torch.zeros(min(WATCHED, len(input_ids)), 0)
+        self.columns.append(token_logprobs(self.latest, input_ids[:WATCHED, -1]).cpu())
+        return torch.stack(self.columns, dim=1)
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

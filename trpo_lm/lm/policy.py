@@ -40,14 +40,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trpo_lm.config import ModelSettings
 from trpo_lm.core.divergences import log_softmax
-from trpo_lm.core.fisher import (
-    adjoint_error,
-    linearised_activations,
-    pullback,
-    twice_differentiable,
-)
+from trpo_lm.core.fisher import linearised_activations, pullback, twice_differentiable
 from trpo_lm.core.parameters import ParameterVector
-from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.examination import (
+    PROBE,
+    adapter_is_identity,
+    every_position_has_logits,
+    examine,
+    future_is_unseen,
+    gradient_exists,
+    head_is_linear,
+    positions,
+    product_is_right,
+    rows_agree,
+    stages_agree,
+)
 from trpo_lm.lm.loading import (
     is_quantized,
     load_model,
@@ -58,14 +66,9 @@ from trpo_lm.lm.loading import (
 )
 from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fastest, measured_costs
 from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
-from trpo_lm.seeds import generator
 
 CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
 CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
-PRODUCTS = ("retained", "forward")  # exact ones, the faster first
-PROBE_MOVE = 1e-2  # of each parameter, away from B = 0, while derivatives are compared
-PROBE_ERROR = {8: 1e-3, 4: 1e-3, 2: 0.03}  # relative, by bytes of a number; rounding: 1e-5, 0.01
-SAME = {8: 1e-3, 4: 5e-3, 2: 0.1}  # relative, by bytes of a number: two roundings of one pass
 ELEMENTWISE = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
@@ -97,8 +100,8 @@ class Policy:
         cache_argument: Under which name the model takes a key-value cache.
 
     Raises:
-        TrpoLMError: If the model cannot be loaded, is split across devices, has no trainable
-            parameters, or is an object that the settings cannot apply to.
+        TrpoLMError: If the model cannot be loaded, is split across devices, is an object that the
+            settings cannot apply to, or a check of `examination` says that it cannot be trained.
         RunFault: If its logits are not finite.
     """
 
@@ -124,9 +127,11 @@ class Policy:
         if device is not None:
             model = model.to(device)  # type: ignore[arg-type]
         self.came_with_adapter = isinstance(model, PeftModel)
+        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        for check in (every_position_has_logits, rows_agree, future_is_unseen):
+            examine(check, self.base.eval())
         self.quantized = is_quantized(model)
         self.model = with_adapter(model, peft_config, settings, seed=seed)
-        self.base: Any = self.model.get_base_model()
         self.temperature = temperature
         self.recomputes = self._recompute = False  # activations, in the backward pass
         if _enables_checkpointing(self.base) or gradient_checkpointing:
@@ -137,13 +142,10 @@ class Policy:
         self._transformer = self.base.base_model
         self.cache_argument = cache_argument(self._transformer)
         self.passes = [0]
-        self.head = self._linear_head()
-        self._starts_as_base = self._adapter_is_identity()
         self._activations = elementwise_modules(self.base)
+        self.head: torch.nn.Linear | None = None
         self.shares_prefixes = False
-        self.shares_prefixes = self._prefixes_can_be_shared()
-        self.product_faults: dict[str, str] = {}
-        self.exact_products = self._working_products()
+        self._examine()
         weights = sum(p.nbytes for p in self.model.parameters())
         budget = SHARE * (device_memory(self.device) - weights)
         self.room = Room(budget, self._costs(), micro_batch_tokens, fastest(self.device))
@@ -157,6 +159,11 @@ class Policy:
     def vocabulary_size(self) -> int:
         """V, the number of actions."""
         return self.base.config.get_text_config().vocab_size
+
+    @property
+    def embeddings(self) -> int:
+        """Tokens that the model knows, ids 0 to that less 1."""
+        return self.base.get_input_embeddings().weight.shape[0]
 
     @property
     def context_length(self) -> int | None:
@@ -251,11 +258,10 @@ class Policy:
         self, ids: Tensor, mask: Tensor, states: Tensor, cache: DynamicCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run tokens (n, L) that continue those of a cache; `mask` covers both."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
-            "position_ids": positions,
+            "position_ids": positions(mask)[:, -ids.shape[1] :],
             "use_cache": cache is not None,
             self.cache_argument: cache,
         }
@@ -396,7 +402,7 @@ class Policy:
 
     def probe_inputs(self) -> dict[str, Tensor]:
         """Return a text of 8 tokens, (1, 8), as the keywords input_ids and attention_mask."""
-        ids, mask, _ = self._probe_rows(8)
+        ids, mask, _ = self._probe_rows(PROBE)
         return {"input_ids": ids, "attention_mask": mask}
 
     def _checkpoint_layers(self) -> None:
@@ -420,70 +426,47 @@ class Policy:
 
         return run
 
-    @torch.no_grad()
-    def _adapter_is_identity(self) -> bool:
-        """Return whether the adapter changes no bit of the outputs, tested on a probe."""
-        probe = {**self.probe_inputs(), "use_cache": False}
-        with_adapter = self._transformer(**probe).last_hidden_state
-        with self.model.disable_adapter():
-            return torch.equal(with_adapter, self._transformer(**probe).last_hidden_state)
+    def _examine(self) -> None:
+        """Find out what holds for the model and its adapter, and what works with them."""
+        theta, probe, fresh = self.parameters, self._probe_rows(PROBE), not self.came_with_adapter
+        stages = self._staged_rows()
 
-    @torch.no_grad()
-    def _prefixes_can_be_shared(self) -> bool:
-        """Return whether a pass in stages gives what a plain pass gives, tested on a probe."""
+        def features() -> Tensor:
+            return self.features(*probe)
+
+        def retained(v: Tensor) -> Tensor:
+            u, vjp = pullback(theta, self.linearised(*probe))
+            return torch.autograd.grad(vjp, u, grad_outputs=theta.unflatten(v))[0]
+
+        def in_stages(shared: bool) -> Tensor:
+            self.shares_prefixes = shared
+            return self.features(*stages)
+
+        kind = type(self.model.active_peft_config).__name__
+        examine(gradient_exists, theta, features, kind)
+        head = self.base.get_output_embeddings()
+        fault = examine(head_is_linear, self.base, self._transformer, head)
+        self.head = head if fault is None else None
+        fault = examine(adapter_is_identity, theta, self.model, features, fresh=fresh)
+        self._starts_as_base = fault is None
+        fault = examine(stages_agree, self.base, lambda: in_stages(False), lambda: in_stages(True))
+        self.shares_prefixes = fault is None
+        products = {"retained": retained, "forward": lambda v: self.jvp(v, *probe)}
+        faults = {
+            name: examine(product_is_right, theta, features, jvp, quantised=self.quantized, of=name)
+            for name, jvp in products.items()
+        }
+        self.exact_products = [name for name, fault in faults.items() if fault is None]
+        self.product_faults = {name: fault for name, fault in faults.items() if fault is not None}
+
+    def _staged_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return three rows, two of them alike, that begin with the same tokens."""
         ids = self.probe_inputs()["input_ids"].repeat(3, 1)
         ids[2, 3:] = ids[2, 3:].flip(0)
         ids = ids.cpu()
         states = torch.zeros_like(ids, dtype=torch.bool)
         states[:, 4:-1] = True
-        probe = ids, torch.ones_like(ids), states
-        plain = self.features(*probe)
-        self.shares_prefixes = True
-        try:
-            found = self.features(*probe)
-        except Exception:  # a model without such a cache may raise anything
-            return False
-        return bool((found - plain).norm() <= SAME[found.dtype.itemsize] * plain.norm())
-
-    def _working_products(self) -> list[str]:
-        """Return which exact Fisher products work, of 'retained' and 'forward'.
-
-        Each must agree with a plain backward pass of the model as it is, which kernels that drop or
-        distort a derivative do not.
-        """
-        if self.quantized:  # whose kernels are differentiable once, and may not say so
-            self.product_faults = dict.fromkeys(PRODUCTS, "the weights are quantised")
-            return []
-        inputs = self._probe_rows(8)
-        theta, noise = self.parameters, generator(0, "probe")
-        start, working = theta.snapshot(), []
-
-        def random(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=noise).to(like)
-
-        def retained(v: Tensor) -> Tensor:
-            u, vjp = pullback(theta, self.linearised(*inputs))
-            return torch.autograd.grad(vjp, u, grad_outputs=theta.unflatten(v))[0]
-
-        theta.assign(start, random(theta.vector()), PROBE_MOVE)  # at B = 0 half would not be tested
-        try:
-            features = self.features(*inputs)
-            u = random(features)
-            c = theta.gradient(features, cotangent=u)
-            ways = (retained, lambda v: self.jvp(v, *inputs))
-            for name, jvp in zip(PRODUCTS, ways, strict=True):
-                try:
-                    error = adjoint_error(u, c, jvp)
-                except Exception as missing:  # a kernel may raise anything
-                    self.product_faults[name] = str(missing).splitlines()[0]
-                    continue
-                if error < PROBE_ERROR[features.dtype.itemsize]:
-                    working.append(name)
-                else:
-                    self.product_faults[name] = f"a layer's derivative is off by {error:.1%}"
-        finally:
-            theta.restore(start)
-        return working
+        return ids, torch.ones_like(ids), states
 
     def _probe_rows(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return one row as inputs of a pass; the latter half of its positions are states."""
@@ -519,22 +502,6 @@ class Policy:
             held = 0
         config = self.base.config.get_text_config()
         return held / ids.numel() or 2 * config.hidden_size * config.num_hidden_layers * 4
-
-    @torch.no_grad()
-    def _linear_head(self) -> torch.nn.Linear | None:
-        """Return the output layer if logits == head(hidden) on a probe and it is frozen."""
-        head = self.base.get_output_embeddings()
-        if type(head) is not torch.nn.Linear or head.weight.requires_grad:
-            return None
-        probe = {**self.probe_inputs(), "use_cache": False}
-        hidden = self._transformer(**probe).last_hidden_state
-        logits, by_head = self.base(**probe).logits.float(), head(hidden).float()
-        if not torch.isfinite(logits).all():
-            raise RunFault(
-                "non-finite logits at layer output", where=f"model {self.name}",
-                hint="a weight of the model is nan or infinite, or its dtype overflows",
-            )  # fmt: skip
-        return head if torch.allclose(logits, by_head, rtol=1e-5, atol=1e-5) else None
 
 
 def elementwise_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -17,6 +17,7 @@ import datasets
 
 from trpo_lm.config import DatasetSettings
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.examination import ids_have_embeddings
 
 Prompt = str | list[dict[str, Any]]  # text, or messages with a role and a content
 
@@ -418,6 +419,7 @@ def check_prompts(
     *,
     room: int | None,
     truncate: str,
+    embeddings: int | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[Prompts, int]:
     """Encode every prompt once, so that a bad row is an error before anything is generated.
@@ -427,18 +429,23 @@ def check_prompts(
         tokenizer: The policy's.
         room: Most tokens of a prompt: the context minus the completion; None without a limit.
         truncate: 'error', or 'left' to drop the beginning of prompts that are too long.
+        embeddings: How many tokens the model knows; None: all.
         template_arguments: For the chat template; a row's own win over these.
 
     Returns:
         The prompts, truncated where needed, and the number of truncated ones.
 
     Raises:
-        TrpoLMError: If a row cannot be encoded, has no token or is too long; names the row.
+        TrpoLMError: If a row cannot be encoded, has no token, one that the model does not know, or
+            is too long; names the row.
     """
     texts, truncated = list(prompts.prompts), 0
     if prompts.asked and getattr(tokenizer, "chat_template", None):
         texts = [_question(p) if isinstance(p, str) else p for p in texts]
     encoded = encode_prompts(tokenizer, texts, prompts.columns, template_arguments)
+    if embeddings is not None:
+        rows = ((f"prompt in row {i}", ids) for i, ids in enumerate(encoded))
+        ids_have_embeddings(rows, embeddings, tokenizer)
     for i, (prompt, ids) in enumerate(zip(texts, encoded, strict=True)):
         if room is None or len(ids) <= room:
             continue

@@ -18,6 +18,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trpo_lm.errors import TrpoLMError
+from trpo_lm.lm.examination import (
+    each_text_has_logits,
+    examine,
+    ids_have_embeddings,
+    weights_are_complete,
+)
 from trpo_lm.lm.memory import fastest, rows_within
 from trpo_lm.lm.prompts import apply_template, as_turn, template_options
 
@@ -67,21 +73,22 @@ class RewardModel:
     ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from trpo_lm.lm.loading import REPORTED, missing_weights, require_safetensors
+        from trpo_lm.lm.loading import REPORTED, require_safetensors
 
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         self.__name__ = name.rstrip("/").split("/")[-1] or type(model).__name__
         if isinstance(model, str):
             require_safetensors(name, "transformers.AutoModelForSequenceClassification")
             model, report = _load(AutoModelForSequenceClassification, name, **REPORTED)
-            lacking = missing_weights(report)
-            if lacking and not allow_untrained_head:
-                raise TrpoLMError(
-                    f"reward model {name!r} has no trained head: its files lack {lacking}",
-                    hint="name a model trained for sequence classification, or pass "
-                    "allow_untrained_head=True (--allow_untrained_reward_head)",
-                )
+            examine(
+                weights_are_complete, report,
+                f"reward model {name!r} has no trained head: its files lack", where=None,
+                hint="name a model trained for sequence classification, or pass "
+                "allow_untrained_head=True (--allow_untrained_reward_head)",
+                allowed=allow_untrained_head, of=self.__name__,
+            )  # fmt: skip
         self.model = (model if device is None else model.to(device)).eval()
+        examine(each_text_has_logits, self.model, self.__name__, of=self.__name__)
         self.tokenizer = tokenizer = processing_class or _load(AutoTokenizer, name)
         self.batch_tokens = batch_tokens or fastest(self.model.device)
         self.prefix_stride = prefix_stride
@@ -103,7 +110,7 @@ class RewardModel:
         self.pad_id = config.pad_token_id = config.get_text_config().pad_token_id = pads[0]
         limits = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
         limits = [n for n in (*limits, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
-        self.max_length = min(limits, default=2**31)
+        self.max_length = min([*limits, *_positions_behind_padding(self.model)], default=2**31)
         head = getattr(self.model, "score", None)
         self._head = head if isinstance(head, torch.nn.Module) else None
         self.causal = self._head is not None and tokenizer.is_fast and self._is_causal()
@@ -124,24 +131,39 @@ class RewardModel:
         pairs = enumerate(zip(prompts, completions, strict=True))
         return self._score_texts([self._text(p, c, columns, i) for i, (p, c) in pairs], prompts)
 
-    def check_prompts(self, prompts: list, columns: dict[str, list]) -> None:
-        """Check that each conversation passes the chat template.
+    def check_prompts(self, prompts: list, columns: dict[str, list]) -> int:
+        """Check that each prompt can be read; return the tokens of the longest.
 
         Args:
             prompts: (N,), as in `__call__`.
             columns: Of the dataset, (N,) each.
 
         Raises:
-            TrpoLMError: Names the row that does not.
+            TrpoLMError: Names the row that the chat template or the tokenizer refuses, or that has
+                a token without an embedding.
         """
+        rows = []
         for i, prompt in enumerate(prompts):
             try:
-                self._text(prompt, "text", columns, i)
-            except TrpoLMError as error:
+                rows += self._encode([self._text(prompt, "text", columns, i)], [prompt])[0]
+            except Exception as error:  # whatever a tokenizer may raise
                 raise TrpoLMError(
-                    f"{error.what} (reward model {self.__name__!r})",
-                    where=f"prompt in row {i}", hint=error.hint,
+                    f"{getattr(error, 'what', error)} (reward model {self.__name__!r})",
+                    where=f"prompt in row {i}", hint=getattr(error, "hint", None),
                 ) from error  # fmt: skip
+        named = [(f"prompt in row {i}", ids) for i, ids in enumerate(rows)]
+        named += [] if self.pad_id is None else [("pad token", [self.pad_id])]
+        count = self.model.get_input_embeddings().weight.shape[0]
+        ids_have_embeddings(named, count, self.tokenizer)
+        return max(map(len, rows), default=0)
+
+    def logits(self, rows: list[list[int]]) -> Tensor:
+        """Return the logits of each text, (n, labels) float32, on the CPU.
+
+        Args:
+            rows: Token ids of each; its beginning is cut where it is too long.
+        """
+        return torch.stack([pooled for pooled, _ in self._logits(rows)])
 
     def score_prefixes(
         self,
@@ -215,7 +237,7 @@ class RewardModel:
         if not texts:
             return []
         rows, _ = self._encode(texts, prompts)
-        return self._score(torch.stack([pooled for pooled, _ in self._logits(rows)])).tolist()
+        return self._score(self.logits(rows)).tolist()
 
     def _text(self, prompt: Any, completion: Any, columns: dict[str, list], row: int) -> str:
         """Join a prompt and a completion, through the chat template for conversations."""
@@ -339,6 +361,16 @@ def _load(loader: Any, name: str, **options: Any) -> Any:
             f"reward model {name!r} {why}: {reason}",
             hint="give a folder with config.json, model.safetensors, tokenizer.json, or a hub id",
         ) from error
+
+
+def _positions_behind_padding(model: Any) -> list[int]:
+    """Return the tokens that tables of positions hold which begin behind a padding index."""
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    return [
+        table.num_embeddings - table.padding_idx - 1
+        for table in tables
+        if getattr(table, "padding_idx", None) is not None
+    ]
 
 
 def _label_index(label: str | int | None, config: Any, name: str) -> int:

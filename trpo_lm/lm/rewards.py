@@ -195,11 +195,10 @@ class Rewards:
                     hint=_SIGNATURE_HINT,
                 )
 
-    def check_prompts(self, prompts: list, columns: dict[str, list]) -> None:
-        """Raise `TrpoLMError` if the chat template of a reward model refuses a conversation."""
-        for function in self.functions:
-            if isinstance(function, RewardModel):
-                function.check_prompts(prompts, columns)
+    @property
+    def models(self) -> list[RewardModel]:
+        """The functions that are reward models."""
+        return [function for function in self.functions if isinstance(function, RewardModel)]
 
     def reads(self, column: str) -> bool:
         """Whether a column of the dataset reaches a function that names it or takes anything."""

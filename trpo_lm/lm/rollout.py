@@ -36,6 +36,8 @@ class Rollout:
         rewards: Reward of each action, (N, T) float64.
         scores: Of the reward functions.
         score_seconds: Time of scoring.
+        drawn_logprobs: log-probability of each action of the first rows as it was sampled, (n, T),
+            n < N; None where something else sampled.
     """
 
     prompts: list[Prompt]
@@ -49,6 +51,7 @@ class Rollout:
     rewards: Tensor
     scores: RewardBatch
     score_seconds: float
+    drawn_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

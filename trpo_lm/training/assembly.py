@@ -17,6 +17,13 @@ from transformers import PreTrainedModel
 from trpo_lm.config import DTYPES, LORA, TrainerConfig, describe
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.critic import Critic, make_critic
+from trpo_lm.lm.examination import (
+    examine,
+    ids_have_embeddings,
+    longest_text_fits,
+    pooling_is_its_own,
+    texts_join,
+)
 from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
 from trpo_lm.lm.loading import dtype_name, load_tokenizer, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
@@ -26,6 +33,9 @@ from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards
 from trpo_lm.seeds import generator
 from trpo_lm.training.folder import Settings
+
+TEXTS = 16  # prompts on which the decoder is tried
+WORDIEST = 4  # tokens that a reward model may read one of the policy's as
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,8 @@ def make_rewards(
                 "device": device,
             },
         )
+    for model in rewards.models:
+        examine(pooling_is_its_own, model, of=model.__name__)
     if data is not None:
         rewards.check_columns(data.train.columns)
         if data.held_out is not None:
@@ -177,20 +189,34 @@ def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str]
             where="max_completion_length",
         )
 
+    policy, mdp, models = parts.policy, parts.mdp, parts.rewards.models
+    longest = [0] * len(models)  # prompt of each reward model, tokens
+
     def fit(prompts: Prompts) -> Prompts:
+        """Every row of the dataset becomes tokens, for the policy and for reward models."""
         fitting, truncated = check_prompts(
             prompts,
             parts.tokenizer,
             room=room,
             truncate=args.truncate_prompts,
+            embeddings=policy.embeddings,
             template_arguments=args.chat_template_kwargs,
         )
-        parts.rewards.check_prompts(fitting.prompts, fitting.columns)
+        for k, model in enumerate(models):
+            longest[k] = max(longest[k], model.check_prompts(fitting.prompts, fitting.columns))
         if truncated:
             note(f"{truncated} prompts were truncated on the left to fit {room} tokens")
         return fitting
 
-    train, held_out = fit(data.train), data.held_out and fit(data.held_out)
+    ends = ("eos token", mdp.eos_token_ids), ("pad token", [mdp.pad_token_id])
+    examine(ids_have_embeddings, ends, policy.embeddings, parts.tokenizer, of="eos and pad")
+    train = examine(fit, data.train, of="training")
+    held_out = data.held_out and examine(fit, data.held_out, of="held out")
+    few = Prompts(*train.take(range(min(len(train), TEXTS))))
+    examine(texts_join, mdp, few.prompts, mdp.encode(few.prompts, few.columns))
+    for model, prompt in zip(models, longest, strict=True):
+        tokens = prompt + WORDIEST * args.max_completion_length
+        examine(longest_text_fits, model, tokens, of=model.__name__)
     talks = any(not isinstance(prompt, str) for prompt in train.prompts)
     if args.chat_template_kwargs and not talks:
         raise TrpoLMError(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trpo_lm.core.advantages import EQUAL
 from trpo_lm.errors import RunFault
+from trpo_lm.lm.examination import shortest_number
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rollout import Batch, Rollout
@@ -205,11 +206,15 @@ def no_signal(rollout: Rollout, ranks: Ranks) -> str | None:
     return None
 
 
+DRAWN = {8: 1e-5, 4: 1e-2, 2: 0.3, 1: 0.3}  # nats, by bytes of a number: two computations of one
+
+
 def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
-    """Check that D == 0, and so ratio == 1, at theta_old: no dropout, no other source of noise.
+    """Check that D == 0, and so ratio == 1, at theta_old, and that this policy was sampled from.
 
     Raises:
-        RunFault: If two passes of the same policy differ.
+        RunFault: If two passes of the same policy differ (dropout, other noise), or if the
+            log-probabilities with which actions were drawn are not those measured.
     """
     objective = BatchObjective(policy, batch, None, ranks.reduce)
     kl = objective.measure().kl * objective.N  # of all completions together
@@ -219,6 +224,19 @@ def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
             where="first update",
             hint="something in the model is random or changes between passes (dropout, noise)",
         )
+    r, drawn = batch.rollout, batch.rollout.drawn_logprobs
+    if drawn is not None:
+        mask = r.action_mask[: len(drawn)]
+        gap = (r.padded(batch.old_logprobs).cpu()[: len(drawn)] - drawn)[mask].double().abs()
+        apart, _ = ranks.mean(gap)
+        if not apart <= DRAWN[shortest_number(policy.base)]:
+            raise RunFault(
+                f"actions were sampled with log-probabilities that are {apart:.2g} nats from those "
+                "measured, a token",
+                where="first update",
+                hint=f"{type(policy.base).__name__}.generate computes another distribution than "
+                "the model does (a cache, the attention mask); choose a model of another family",
+            )
 
 
 def times(seconds: Mapping[str, float], *, scoring: float) -> dict[str, float]:

@@ -30,6 +30,7 @@ from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig
 from trpo_lm.core.advantages import returns
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
+from trpo_lm.lm.examination import Examination, examination
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.storage import Row
@@ -55,6 +56,8 @@ from trpo_lm.training.plan import Plan, longest_prompt, make_plan, processes, re
 from trpo_lm.training.ranks import Ranks, SharedFault
 from trpo_lm.training.stages import Stages
 from trpo_lm.training.state import TrainState, flat, restore, snapshot
+
+LONG = 2.0  # seconds that the examination may take without a word
 
 
 class Trainer:
@@ -108,15 +111,18 @@ class Trainer:
             train_dataset, eval_dataset, prompt_column, args, self.ranks.count
         )
         algorithm = algorithm or TRPO()
-        self.rewards = assembly.make_rewards(reward_funcs, data, args, self.ranks.device)
         needed = args if algorithm.needs_critic else replace(args, critic="none")
-        self.parts = parts = assembly.assemble(
-            model, self.rewards, needed,
-            device=self.ranks.device, peft_config=peft_config, tokenizer=processing_class,
-        )  # fmt: skip
+        with examination() as examined:
+            self.rewards = assembly.make_rewards(reward_funcs, data, args, self.ranks.device)
+            self.parts = parts = assembly.assemble(
+                model, self.rewards, needed,
+                device=self.ranks.device, peft_config=peft_config, tokenizer=processing_class,
+            )  # fmt: skip
+            data = assembly.fit_data(data, parts, args, self.display.note)
+        if examined.seconds > LONG:
+            self.display.note(f"{len(examined.findings)} checks took {examined.seconds:.1f} s")
         self.policy, self.tokenizer = parts.policy, parts.tokenizer
         self.mdp, self.critic = parts.mdp, parts.critic
-        data = assembly.fit_data(data, parts, args, self.display.note)
         self.prompts, self.eval_prompts = data.train, data.held_out
         self.algorithm = with_default_lam(algorithm, self.critic.default_lam)
         self.algorithm_state = self.algorithm.init_state(self.policy.parameters)
@@ -181,6 +187,20 @@ class Trainer:
             memory=memory,
             processes=processes(),
         )
+
+    @classmethod
+    def examine(cls, *arguments: Any, **options: Any) -> Examination:
+        """Make every check that `Trainer` with the same arguments makes, and leave it at that.
+
+        Nothing is generated, and the output folder stays empty. The result prints as a table; its
+        `error` is what constructing the trainer raised, if anything.
+        """
+        with examination() as examined:
+            try:
+                cls(*arguments, **options)
+            except TrpoLMError as error:
+                examined.error = error
+        return examined
 
     # ------------------------------------------------------------------ the run
 
