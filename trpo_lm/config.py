@@ -127,11 +127,7 @@ class TRPOSettings(_Settings):
         None, "GAE lambda, in [0, 1]; default: 0.5 with a prefix critic, 0.95 with a value head"
     )
     cg_iterations: int = option(8, "most conjugate-gradient iterations for each of the two solves")
-    cg_tolerance: float = option(
-        0.01,
-        "relative residual at which conjugate gradient stops, times the damping where that is "
-        "above 1",
-    )
+    cg_tolerance: float = option(0.01, "relative residual at which conjugate gradient stops")
     damping: float | None = option(
         None,
         "added to the Fisher's diagonal, in units of its Rayleigh quotient along the gradient; "

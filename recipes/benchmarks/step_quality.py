@@ -113,7 +113,7 @@ def judge(trainer, a: Arguments) -> dict[str, list[float]]:
         limits = replace(limits, radius=rule.max_kl)
         truth = objectives[others[0]].fisher(N)
         g_true, b_true = (x[others].double().mean(0) for x in (g, b))
-        exact = replace(rule, cg_iterations=EXACT, cg_tolerance=RESIDUAL / max(1, limits.damping))
+        exact = replace(rule, cg_iterations=EXACT, cg_tolerance=RESIDUAL)
         worth, near = 0.0, a.max_ref_kl - NEAR < R
         if near:
             w = solve(truth, b_true.float(), limits, exact).x.double()

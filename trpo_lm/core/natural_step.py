@@ -134,17 +134,13 @@ def constrained_update(
 
 
 def solve(F: Product, b: Tensor, limits: StepLimits, settings: TRPOSettings) -> CGSolution:
-    """Solve (F + lambda D) x = b with D = diag(metric), by CG in the coordinates D^1/2 x.
-
-    The damping is the noise of the gradient in units of its signal: the more of it, the less an
-    accurate solve is worth, and the residual allowed grows with it.
-    """
+    """Solve (F + lambda D) x = b with D = diag(metric), by CG in the coordinates D^1/2 x."""
     scale = torch.ones_like(b) if limits.metric is None else limits.metric.rsqrt()
     solution = conjugate_gradient(
         lambda y: scale * F(scale * y),
         scale * b,
         max_iterations=settings.cg_iterations,
-        rtol=settings.cg_tolerance * max(1.0, limits.damping),
+        rtol=settings.cg_tolerance,
         damping=limits.damping,
     )
     return replace(solution, x=scale * solution.x, Ax=solution.Ax / scale)
