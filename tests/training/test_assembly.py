@@ -101,3 +101,10 @@ def test_B15_template_arguments_are_used_or_answered_and_unused_columns_named():
     assert made.mdp.encode([talk])[0][:2] == [11, 5]  # w7 w1
     with pytest.raises(TrpoLMError, match=r"no prompt is a conversation .*chat_template_kwargs"):
         fit_data(Data(Prompts(["w1"], {})), made, args, print)
+
+
+def test_B18_columns_that_no_other_process_can_compare_are_named_at_the_start():
+    made, args = parts(lambda completions, **_: [0.0] * len(completions))
+    held_out, notes = Prompts(["w1"], {"lambda": [print], "x": [lambda: 1]}), []
+    fit_data(Data(Prompts(["w1"], {"thing": [object()]}), held_out), made, args, notes.append)
+    assert any("will not notice if they changed: thing, x" in note for note in notes), notes

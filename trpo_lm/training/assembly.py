@@ -202,6 +202,11 @@ def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str]
     unused = [n for n in unused if not (talks and n in TEMPLATE_COLUMNS)]
     if unused:
         note(f"columns of the dataset that no reward takes, not used: {', '.join(unused)}")
+    if unknown := {n for p in (train, held_out) if p is not None for n in p.uncompared()}:
+        note(
+            "values that cannot be told apart by their content; a resumed run will not notice if "
+            f"they changed: {', '.join(sorted(unknown))}"
+        )
     if held_out is not None:
         first = range(min(len(held_out), args.eval_prompts))
         held_out = Prompts(*held_out.take(first))
