@@ -21,11 +21,11 @@ from trpo_lm.training.assembly import (
 CPU = torch.device("cpu")
 
 
-def parts(reward=runs.score, **options):
+def parts(reward=runs.score, tokenizer=None, **options):
     args = TrainerConfig(max_completion_length=5, **options)
     made = assemble(
         tiny.build(), make_rewards(reward, None, args, CPU), args,
-        device=CPU, peft_config=tiny.lora(), tokenizer=tiny.tokenizer(),
+        device=CPU, peft_config=tiny.lora(), tokenizer=tokenizer or tiny.tokenizer(),
     )  # fmt: skip
     return made, args
 
@@ -108,3 +108,12 @@ def test_B18_columns_that_no_other_process_can_compare_are_named_at_the_start():
     held_out, notes = Prompts(["w1"], {"lambda": [print], "x": [lambda: 1]}), []
     fit_data(Data(Prompts(["w1"], {"thing": [object()]}), held_out), made, args, notes.append)
     assert any("will not notice if they changed: thing, x" in note for note in notes), notes
+
+
+def test_B33_a_run_takes_the_folder_of_a_tokenizer(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path)
+    for given in (tmp_path, str(tmp_path)):
+        made, _ = parts(tokenizer=given)
+        assert made.mdp.encode(["w1"]) == [tiny.tokenizer()("w1").input_ids]
+    with pytest.raises(TrpoLMError, match="is no tokenizer"):
+        parts(tokenizer=object())

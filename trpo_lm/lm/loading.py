@@ -237,6 +237,27 @@ def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLME
     )
 
 
+def as_tokenizer(given: Any) -> Any:
+    """Return the tokenizer that is meant: one as it is, that of a processor, or by name or path.
+
+    Raises:
+        TrpoLMError: If there is none.
+    """
+    if isinstance(given, str | os.PathLike):
+        return load_tokenizer(os.fspath(given))
+    tokenizer = getattr(given, "tokenizer", given)
+    if not (
+        callable(tokenizer) and hasattr(tokenizer, "decode") and hasattr(tokenizer, "pad_token_id")
+    ):
+        raise TrpoLMError(
+            f"{type(given).__name__} is no tokenizer, and has none", where="processing_class",
+            hint="pass a tokenizer of transformers, a processor with one, or the name or path of "
+            "either; a tokenizers.Tokenizer becomes one by PreTrainedTokenizerFast(tokenizer_object"
+            "=..., eos_token=...)",
+        )  # fmt: skip
+    return tokenizer
+
+
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model by name or path.
 

@@ -100,9 +100,10 @@ def _content(value: Any) -> Any:
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
         return value.tolist()
-    if hasattr(value, "tobytes"):  # arrays, images, views of memory
+    as_bytes = getattr(value, "tobytes", None)  # arrays, images, views of memory
+    if as_bytes is not None:
         kind = [str(getattr(value, name, "")) for name in ("dtype", "shape", "mode", "size")]
-        return [*kind, hashlib.sha256(value.tobytes()).hexdigest()]
+        return [*kind, hashlib.sha256(as_bytes()).hexdigest()]
     text = repr(value)
     if re.search(r"\bat 0x[0-9a-fA-F]+", text):
         raise TypeError(f"{text:.80} has no content")

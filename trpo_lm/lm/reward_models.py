@@ -38,7 +38,8 @@ class RewardModel:
     Args:
         model: Name or folder for `AutoModelForSequenceClassification`, or a loaded model, which is
             put into eval mode.
-        processing_class: Its tokenizer; default: the one stored with the model.
+        processing_class: Its tokenizer, a processor that has one, or the name or path of either;
+            default: what is stored with the model.
         label: Output to reward, by name or index. Default with two outputs: the one named
             "positive", else index 1. Required with more.
         batch_tokens: Most tokens in one forward pass, padding included; halved where memory is
@@ -71,8 +72,14 @@ class RewardModel:
     ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from trpo_lm.lm.loading import REPORTED, missing_weights, require_safetensors
+        from trpo_lm.lm.loading import (
+            REPORTED,
+            as_tokenizer,
+            missing_weights,
+            require_safetensors,
+        )
 
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         self.__name__ = name.rstrip("/").split("/")[-1] or type(model).__name__
         if isinstance(model, str):
@@ -86,7 +93,11 @@ class RewardModel:
                     "allow_untrained_head=True (--allow_untrained_reward_head)",
                 )
         self.model = (model if device is None else model.to(device)).eval()
-        self.tokenizer = tokenizer = processing_class or _load(AutoTokenizer, name)
+        self.tokenizer = tokenizer = (
+            _load(AutoTokenizer, name)
+            if processing_class is None
+            else as_tokenizer(processing_class)
+        )
         self.batch_tokens = batch_tokens or fastest(self.model.device)
         self.prefix_stride = prefix_stride
         config = self.model.config

@@ -18,7 +18,7 @@ from trpo_lm.config import DTYPES, LORA, TrainerConfig, describe
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.critic import Critic, make_critic
 from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
-from trpo_lm.lm.loading import dtype_name, load_tokenizer, quiet_loading
+from trpo_lm.lm.loading import as_tokenizer, dtype_name, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, Prompts, check_prompts, load_prompts
@@ -64,7 +64,8 @@ def assemble(
         args: Settings of the run.
         device: Where to put the model.
         peft_config: Adapter to train; the LoRA of `args` when None.
-        tokenizer: The model's own when None.
+        tokenizer: One, a processor that has one, or the name or path of either; the model's own
+            when None.
 
     Raises:
         TrpoLMError: If the model or its tokenizer cannot be used.
@@ -80,7 +81,7 @@ def assemble(
             device=device,
             micro_batch_tokens=args.micro_batch_tokens,
         )
-        tokenizer = tokenizer or load_tokenizer(policy.name)
+        tokenizer = as_tokenizer(policy.name if tokenizer is None else tokenizer)
     mdp = TokenMDP(
         tokenizer,
         rewards,

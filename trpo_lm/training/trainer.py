@@ -66,7 +66,8 @@ class Trainer:
         train_dataset: Prompts; see `prompts.load_prompts`.
         args: Everything that is not the algorithm.
         eval_dataset: Held-out prompts.
-        processing_class: Tokenizer; the model's own when None.
+        processing_class: Tokenizer, a processor that has one, or the name or path of either; the
+            model's own when None.
         callbacks: transformers' `TrainerCallback`s; see `callbacks`.
         peft_config: Adapter to train; LoRA on all linear layers when None.
         algorithm: Update rule with its settings; `TRPO()` when None.
