@@ -117,3 +117,21 @@ def test_B33_a_run_takes_the_folder_of_a_tokenizer(tmp_path):
         assert made.mdp.encode(["w1"]) == [tiny.tokenizer()("w1").input_ids]
     with pytest.raises(TrpoLMError, match="is no tokenizer"):
         parts(tokenizer=object())
+
+
+def test_a_reward_that_cannot_read_prefixes_is_no_critic():
+    def needs(completions, completion_ids):
+        return [0.0] * len(completions)
+
+    def stateful(completions, trainer_state):
+        return [0.0] * len(completions)
+
+    def can(completions, completion_ids=None, trainer_state=None):
+        return [0.0] * len(completions)
+
+    for refused, argument in ((needs, "completion_ids"), (stateful, "trainer_state")):
+        with pytest.raises(TrpoLMError, match=f"requires {argument}, which unfinished .*critic"):
+            parts(refused, critic="prefix")
+        parts(refused, critic="value_head")
+        parts([refused, can], critic="prefix", reward_weights=[0.0, 1.0])
+    parts(can, critic="prefix")

@@ -195,6 +195,18 @@ class Rewards:
                     hint=_SIGNATURE_HINT,
                 )
 
+    def check_prefixes(self) -> None:
+        """Raise `TrpoLMError` if a function with a weight cannot be called with unfinished text."""
+        triples = zip(self.names, self.weights, self._signatures, strict=True)
+        for name, weight, (required, _) in triples:
+            if weight and (absent := sorted(required & {"completion_ids", "trainer_state"})):
+                raise TrpoLMError(
+                    f"reward {name!r} requires {', '.join(absent)}, which unfinished text has not, "
+                    "and the critic scores unfinished text",
+                    where="critic",
+                    hint="set critic to 'value_head', or give these arguments a default",
+                )
+
     def check_prompts(self, prompts: list, columns: dict[str, list]) -> None:
         """Raise `TrpoLMError` if the chat template of a reward model refuses a conversation."""
         for function in self.functions:

@@ -95,6 +95,8 @@ def assemble(
         width=policy.base.config.get_text_config().hidden_size,
         length=args.max_completion_length,
     )
+    if critic.reads_prefixes:
+        rewards.check_prefixes()
     return Parts(policy, tokenizer, rewards, mdp, critic)
 
 
