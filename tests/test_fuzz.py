@@ -360,7 +360,7 @@ SETTINGS = st.fixed_dictionaries(
         "temperature": st.sampled_from([1.0, 0.7, 2.0]),
         "truncate_prompts": st.sampled_from(["left", "left", "error"]),
         "micro_batch_tokens": st.sampled_from([None, 1, 20, 64]),
-        "critic": st.sampled_from(["auto", "prefix", "value_head", "none"]),
+        "critic": st.sampled_from(["auto", "auto", "prefix", "value_head", "none"]),
         "prefix_stride": st.sampled_from([1, 2]),
         "on_bad_reward": st.sampled_from(["error", "skip"]),
         "mask_truncated_completions": st.sampled_from([False, False, True]),

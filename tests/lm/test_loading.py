@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import OFTConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -380,3 +380,25 @@ def test_B33_what_has_no_tokenizer_is_refused(given):
     ):
         with pytest.raises(TrpoLMError, match=r"is no tokenizer, and has none .*processing_class"):
             use(given)
+
+
+# ---- adapters that cannot be trained here ----
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_whole_layers_are_trained_in_float32_or_not_at_all(options, dtype):
+    kind = "neox" if "bias" in options else "llama"  # Llama has no biases
+    if dtype == torch.float32:
+        assert len(Policy(tiny.build(kind), tiny.lora(**options)).parameters) > 0
+        return
+    with pytest.raises(TrpoLMError, match=r"would be trained in half precision.*peft_config"):
+        Policy(tiny.build(kind, dtype=dtype), tiny.lora(**options))
+
+
+@pytest.mark.parametrize("adapter", [OFTConfig, VeraConfig])
+def test_an_adapter_that_supports_no_such_layer_is_one_error(adapter):
+    """GPT-2 has layers of a class of its own; VeRA shares one matrix of every shape."""
+    options = {"projection_prng_key": "x"} if adapter is VeraConfig else {"oft_block_size": 0}
+    with pytest.raises(TrpoLMError, match=r"does not fit the model.*peft_config"):
+        Policy(tiny.build("gpt2"), adapter(target_modules=["c_attn"], r=2, **options))
