@@ -17,7 +17,6 @@ import os
 from functools import cache, partial
 from unittest.mock import patch
 
-import pytest
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
@@ -336,7 +335,9 @@ ADAPTERS = {
     "lokr": lambda: LoKrConfig(r=2, **others),
     "oft": lambda: OFTConfig(r=2, oft_block_size=0, **others),
     "vera": lambda: VeraConfig(r=2, **others),
-    "ia3": lambda: IA3Config(task_type="CAUSAL_LM", target_modules="all-linear", feedforward_modules=[]),
+    "ia3": lambda: IA3Config(
+        task_type="CAUSAL_LM", target_modules="all-linear", feedforward_modules=[]
+    ),
 }
 
 # ---------------------------------------------------------------- settings
@@ -438,7 +439,9 @@ def plain_logprobs(policy, rollout):
     """Log-probability of every action by a forward pass of each row by itself."""
     found = []
     P = rollout.input_ids.shape[1] - rollout.action_mask.shape[1]
-    for row, mask, n in zip(rollout.input_ids, rollout.attention_mask, rollout.lengths, strict=True):
+    for row, mask, n in zip(
+        rollout.input_ids, rollout.attention_mask, rollout.lengths, strict=True
+    ):
         ids = row[mask.bool()].tolist()
         prompt = int(mask[:P].sum())
         assert len(ids) == prompt + int(n)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trpo_lm.errors import TrpoLMError
-from trpo_lm.lm.memory import fastest, rows_within
+from trpo_lm.lm.memory import fastest, is_full, rows_within
 from trpo_lm.lm.prompts import apply_template, as_turn, template_options
 
 _PROBE_TOKENS = 8  # length of the text that tests whether a classifier is causal
@@ -310,8 +310,8 @@ class RewardModel:
                     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
                     with self._padded_with(fill):
                         pooled = self.model(**inputs).logits.float().cpu()
-                except torch.OutOfMemoryError:
-                    if count == 1:
+                except Exception as error:
+                    if count == 1 or not is_full(error):
                         raise
                     self.batch_tokens = ids.numel() // 2
                     outputs.clear()

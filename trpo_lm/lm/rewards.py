@@ -31,6 +31,7 @@ from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.guest import Guest
+from trpo_lm.lm.memory import is_full
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, as_turn
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.reward_workers import Pool, RemoteFailure, call, collect_metric
@@ -398,7 +399,7 @@ class Rewards:
     def _raise_failure(self, k: int, result: Any, prompts: list) -> None:
         """Raise if the call of function `k` ended in an exception."""
         if isinstance(result, BaseException):
-            ours = isinstance(result, (TrpoLMError, torch.OutOfMemoryError))
+            ours = isinstance(result, TrpoLMError) or is_full(result)
             if ours or not isinstance(result, Exception):  # a signal, raised in an async function
                 raise result
             kind = "" if isinstance(result, RemoteFailure) else f"{type(result).__name__}: "

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import (
@@ -28,6 +27,7 @@ from transformers.trainer_callback import (
 from trpo_lm.config import TrainerConfig
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.guest import Guest
+from trpo_lm.lm.memory import is_full
 from trpo_lm.storage import Row
 from trpo_lm.training.ranks import Ranks
 
@@ -52,9 +52,9 @@ class _Handler(CallbackHandler):
                     )
                 if not isinstance(control, TrainerControl):
                     raise TypeError(f"it returned {control!r:.80} instead of its control or None")
-        except (TrpoLMError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
+            if isinstance(error, TrpoLMError) or is_full(error):
+                raise
             kind = TrpoLMError if event == "on_train_begin" else RunFault
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             raise kind(f"{name} failed: {reason}", where=event) from error
