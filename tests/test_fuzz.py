@@ -138,6 +138,9 @@ TEMPLATES = {"none": None, "plain": TEMPLATE, "refusing": REFUSING + TEMPLATE}
 PADS = {"own": "<pad>", "end": "</s>", "none": None}
 
 
+TOKENIZER = ("core", "around", "template", "pad", "side")
+
+
 @cache
 def _trained(core):
     made, trainer = CORES[core]()
@@ -416,7 +419,7 @@ def build(run, folder):
             reward(run["reward"]),
             data(source, rows, folder),
             TrainerConfig(output_dir=str(folder / "run"), save_steps=0, **run["settings"]),
-            processing_class=tokenizer(*(run[k] for k in ("core", "around", "template", "pad", "side"))),
+            processing_class=tokenizer(*(run[name] for name in TOKENIZER)),
             peft_config=ADAPTERS[run["adapter"]](),
             algorithm=ALGORITHMS[run["algorithm"]](),
             display=Silent(),
@@ -490,7 +493,8 @@ def hold_to_contract(run, folder):
     if run["algorithm"] in SEARCHING:
         kls = [row["trust_region/kl"] for row in rows if row["line_search/accepted"]]
         assert all(kl <= made.algorithm.max_kl for kl in kls), kls
-    ids = batches[-1].rollout.input_ids[0][batches[-1].rollout.attention_mask[0].bool()].tolist()
+    last = batches[-1].rollout
+    ids = last.input_ids[0][last.attention_mask[0].bool()].tolist()
     saved = PeftModel.from_pretrained(copy.deepcopy(base), str(folder / "run")).eval()
     error = (plain_logits(saved, ids) - plain_logits(made.policy.model, ids)).abs().max()
     assert error <= (0.1 if loose else 1e-4), f"the saved adapter's logits are {error} off"
