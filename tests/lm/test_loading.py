@@ -6,20 +6,36 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import OFTConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ProcessorMixin,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+)
 
 from trpo_lm.config import ModelSettings
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm import loading
-from trpo_lm.lm.loading import default_lora, is_quantized, load_dtype, load_model, with_adapter
+from trpo_lm.lm.loading import (
+    as_tokenizer,
+    default_lora,
+    is_quantized,
+    load_dtype,
+    load_model,
+    with_adapter,
+)
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.reward_models import RewardModel
+from trpo_lm.training.plan import longest_prompt
 
 KINDS = ["gpt2", "llama", "qwen2", "neox", "gemma2"]
 BITS = ["load_in_4bit", "load_in_8bit"]
 CPU = torch.device("cpu")
+SMALL = {"vocab_size": tiny.V, "n_embd": 8, "n_layer": 1, "n_positions": 32}
 
 
 def saved(folder, kind="llama", **options):
@@ -325,3 +341,64 @@ def test_a_damaged_file_is_one_error(tmp_path):
     with pytest.raises(TrpoLMError, match="cannot be loaded"):
         load_model(folder)
     assert not isinstance(load_model(saved(tmp_path / "whole")[1]), PeftModel)
+
+
+# ---- tokenizers ----
+
+
+class Reader(ProcessorMixin):
+    """A processor of text alone."""
+
+    def __init__(self, tokenizer=None):
+        super().__init__(tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "sound", "text", "name", "path", "of a processor"])
+def test_B33_the_tokenizer_of_whatever_has_one_is_taken(tmp_path, kind):
+    one = tiny.tokenizer()
+    sound = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), one)
+    (sound if kind == "of a processor" else one).save_pretrained(tmp_path)
+    given = {
+        "tokenizer": one, "sound": sound, "text": Reader(one), "name": str(tmp_path),
+        "path": tmp_path, "of a processor": tmp_path,
+    }[kind]  # fmt: skip
+    ids = one("w1 w2").input_ids
+    assert as_tokenizer(given)("w1 w2").input_ids == ids
+    assert longest_prompt(["w1", "w1 w2"], "prompt", "absent", given) == len(ids)
+    reward = RewardModel(GPT2ForSequenceClassification(GPT2Config(**SMALL, n_head=2)), given)
+    assert len(reward(["w1"], [" w2"])) == 1
+
+
+@pytest.mark.parametrize("given", [3, Wav2Vec2FeatureExtractor(), tiny.tokenizer()._tokenizer, {}])
+def test_B33_what_has_no_tokenizer_is_refused(given):
+    for use in (
+        as_tokenizer,
+        lambda given: longest_prompt(["w1"], "prompt", "absent", given),
+        lambda given: RewardModel(
+            GPT2ForSequenceClassification(GPT2Config(**SMALL, n_head=2)), given
+        ),
+    ):
+        with pytest.raises(TrpoLMError, match=r"is no tokenizer, and has none .*processing_class"):
+            use(given)
+
+
+# ---- adapters that cannot be trained here ----
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_whole_layers_are_trained_in_float32_or_not_at_all(options, dtype):
+    kind = "neox" if "bias" in options else "llama"  # Llama has no biases
+    if dtype == torch.float32:
+        assert len(Policy(tiny.build(kind), tiny.lora(**options)).parameters) > 0
+        return
+    with pytest.raises(TrpoLMError, match=r"would be trained in half precision.*peft_config"):
+        Policy(tiny.build(kind, dtype=dtype), tiny.lora(**options))
+
+
+@pytest.mark.parametrize("adapter", [OFTConfig, VeraConfig])
+def test_an_adapter_that_supports_no_such_layer_is_one_error(adapter):
+    """GPT-2 has layers of a class of its own; VeRA shares one matrix of every shape."""
+    options = {"projection_prng_key": "x"} if adapter is VeraConfig else {"oft_block_size": 0}
+    with pytest.raises(TrpoLMError, match=r"does not fit the model.*peft_config"):
+        Policy(tiny.build("gpt2"), adapter(target_modules=["c_attn"], r=2, **options))

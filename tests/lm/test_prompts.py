@@ -2,11 +2,21 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import tiny
+import torch
 from datasets import Dataset, DatasetDict
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -207,6 +217,73 @@ def test_take_split_and_fingerprint():
     assert prompts.fingerprint() == load_prompts(rows).fingerprint()
     others = [rows[::-1], rows[:-1], [{**row, "x": 0} for row in rows]]
     assert len({load_prompts(o).fingerprint() for o in [rows, *others]}) == 4
+
+
+class Plain:
+    """Only its address tells it from others."""
+
+
+@dataclass
+class Point:
+    x: int
+    inner: Any = None
+
+
+OF_CONTENT = {  # two values of each kind; that of the same content is made anew
+    "image": lambda n: Image.new("RGB", (40, 40), (n, 0, 0)),
+    "long array": lambda n: np.arange(5000) * (1 + n * (np.arange(5000) == 2500)),
+    "tensor": lambda n: torch.arange(3000).bfloat16() * (1 + n * (torch.arange(3000) == 1500)),
+    "objects in an array": lambda n: np.array([{"x": n}, "y"], dtype=object),
+    "date": lambda n: datetime(2020, 1, 1 + n),
+    "decimal": lambda n: Decimal(n),
+    "bytes": lambda n: b"x" * 5000 + bytes([n]) + b"x" * 5000,
+    "dataclass": lambda n: Point(1, np.arange(5000) * (1 + n * (np.arange(5000) == 2500))),
+    "set": lambda n: {f"word {i}" for i in range(20 + n)},
+    "nested": lambda n: [{"a": (n, Decimal(n))}],
+}
+WITHOUT = {
+    "plain": Plain,
+    "function": lambda: lambda: 1,
+    "inside": lambda: [{"a": Point(1, Plain())}],
+    "odd keys": lambda: {(1, 2): 3},
+    "circle": lambda: (lambda x: x.append(x) or x)([]),
+}
+
+
+@pytest.mark.parametrize("kind", OF_CONTENT)
+def test_B18_a_fingerprint_is_of_content(kind):
+    make = OF_CONTENT[kind]
+    one, same, other = (
+        Prompts(["w1", "w2"], {"x": [make(0), make(n)], "y": [1, 2]}) for n in (0, 0, 1)
+    )
+    assert one.uncompared() == []
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+def test_B18_a_fingerprint_is_the_same_in_every_process():
+    """Addresses and the order of sets change from process to process."""
+    code = (
+        "import test_prompts as t, numpy as np; made = {k: [f(1)] for k, f in t.OF_CONTENT.items()}"
+        "; made |= {k: [f()] for k, f in t.WITHOUT.items()}"
+        "; print(t.Prompts(['w1'], made).fingerprint())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_B18_what_has_no_content_is_left_out_by_name(kind):
+    one, other = (Prompts(["w1"], {"x": [WITHOUT[kind]()], "y": [1]}) for _ in range(2))
+    assert one.uncompared() == ["x"] and one.fingerprint() == other.fingerprint()
+    assert one.fingerprint() != Prompts(["w1"], {"x": one.columns["x"], "y": [2]}).fingerprint()
+    assert one.fingerprint() != Prompts(["w1"], {"y": [1]}).fingerprint()
 
 
 def test_held_out_prompts_are_the_file_named_or_the_last_rows(tmp_path):

@@ -12,7 +12,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from trpo_lm.errors import TrpoLMError
@@ -55,7 +59,11 @@ def make_model(kind="gpt2", **options):
     classes = {
         "bert": (BertConfig, BertForSequenceClassification),
         "llama": (LlamaConfig, LlamaForSequenceClassification),
+        "opt": (OPTConfig, OPTForSequenceClassification),
     }
+    if kind == "xlnet":  # pools at the last place of a row, padding or not
+        sizes = {"vocab_size": 64, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+        return XLNetForSequenceClassification(XLNetConfig(**sizes, **options)).eval()
     if kind in classes:
         make_config, make = classes[kind]
         config = make_config(
@@ -102,7 +110,13 @@ def test_reward_model_scores_a_batch_like_one_by_one(kind):
     assert reward([], []) == []
 
 
-def test_memory_that_is_full_halves_the_passes_and_changes_no_score():
+HOST = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+FULL = [torch.OutOfMemoryError("tried to allocate 2 GiB"), MemoryError(), RuntimeError(HOST),
+        RuntimeError("std::bad_alloc")]  # fmt: skip
+
+
+@pytest.mark.parametrize("full", FULL, ids=lambda error: f"{error!r:.20}")
+def test_B58_memory_that_is_full_halves_the_passes_and_changes_no_score(full):
     model, tokenizer = make_model("gpt2"), make_tokenizer()
     reward = RewardModel(model, tokenizer)
     expected, forward, sizes = reward(PROMPTS, COMPLETIONS, completion_ids=IDS), model.forward, []
@@ -111,7 +125,7 @@ def test_memory_that_is_full_halves_the_passes_and_changes_no_score():
         def run(input_ids, **options):
             sizes.append(input_ids.numel())
             if len(input_ids) > 1 and input_ids.numel() > tokens:
-                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+                raise full
             return forward(input_ids=input_ids, **options)
 
         return run
@@ -121,11 +135,11 @@ def test_memory_that_is_full_halves_the_passes_and_changes_no_score():
     assert scores == pytest.approx(expected, abs=1e-6)
     assert sizes[0] > 20 and reward.batch_tokens <= 20
 
-    def full(**_):
-        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+    def never(**_):
+        raise full
 
-    model.forward = full
-    with pytest.raises(torch.OutOfMemoryError):
+    model.forward = never
+    with pytest.raises(type(full)):
         reward(PROMPTS, COMPLETIONS, completion_ids=IDS)
 
 
@@ -188,17 +202,45 @@ def test_reward_model_loads_from_a_folder_and_missing_ones_are_named(tmp_path, m
         RewardModel("/no/such/model")
 
 
-def test_missing_pad_token_falls_back_to_eos_without_changing_scores():
-    with_pad, without = make_tokenizer(), make_tokenizer(pad=None)
-    model = make_model()
-    expected = RewardModel(model, with_pad)(PROMPTS, COMPLETIONS)
-    other = make_model()
-    reward = RewardModel(other, without)
-    assert other.config.pad_token_id == reward.pad_id == without.eos_token_id
-    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
-    without.eos_token = None
-    with pytest.raises(TrpoLMError, match="neither a padding nor an end token"):
-        RewardModel(make_model(eos_token_id=None), without)
+SHIPPED_PADS = [None, 0, 2, 9, -1, 64]  # of a config: none, <pad>, <eos>, a word, and no token
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "bert", "xlnet"])
+@pytest.mark.parametrize("pad", SHIPPED_PADS)
+def test_B09_a_batch_pools_where_the_model_as_shipped_pools_each_text(kind, pad):
+    """Whatever the tokenizer's pad is, and whichever tokens a text ends in."""
+    if kind == "bert" and pad in (-1, 64):
+        pytest.skip("an encoder cannot be built with them")
+    model = make_model(kind)
+    model.config.pad_token_id = pad
+    shipped = model.config.to_dict()
+    completions = [" w7", " w8 <eos>", " w9 w3 w3", " <pad> <pad>"]  # w3 has the id 9
+    for own_pad, eos in [("<pad>", None), ("<eos>", "<eos>"), (None, "<eos>")]:
+        tokenizer = make_tokenizer(eos=eos, pad=own_pad)
+        texts = [p + c for p, c in zip(PROMPTS, completions, strict=True)]
+        expected = [alone(model, tokenizer(text).input_ids).softmax(-1)[1] for text in texts]
+        reward = RewardModel(model, tokenizer)
+        assert reward(PROMPTS, completions) == pytest.approx(torch.stack(expected).tolist())
+        states = reward.score_prefixes(PROMPTS, completions, [[c] for c in completions])
+        assert [x for (x,) in states] == pytest.approx(torch.stack(expected).tolist(), abs=1e-5)
+        assert model.config.to_dict() == shipped
+
+
+def test_B09_texts_that_use_the_whole_vocabulary_leave_no_token_to_pad_with():
+    model, tokenizer = make_model(), make_tokenizer()
+    model.resize_token_embeddings(12)
+    reward = RewardModel(model, tokenizer)
+    texts = [" ".join(["<pad> <eos> <unk> user assistant", *(f"w{i}" for i in range(n))]) for n in
+             (6, 5, 4)]  # fmt: skip
+    expected = [alone(model, tokenizer(text).input_ids).softmax(-1)[1].item() for text in texts]
+    assert reward(texts, [""] * 3) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tokenizer_without_special_tokens_is_refused():
+    bare = make_tokenizer(pad=None)
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(TrpoLMError, match="no token that an empty text could be"):
+        RewardModel(make_model(eos_token_id=None), bare)
 
 
 @pytest.mark.parametrize("bos", ["<bos>", None])
@@ -279,7 +321,7 @@ def test_the_whole_text_takes_the_score_with_the_closing_token():
     bare = RewardModel(make_model(), make_tokenizer())
     assert scores[0][:-1] == pytest.approx(bare([PROMPTS[0]] * 4, prefixes[0][:-1]), abs=1e-5)
     # Where the closing token is also the padding, the model pools in front of it, and so do we.
-    shared = RewardModel(make_model(), make_tokenizer(eos="<eos>", pad=None))
+    shared = RewardModel(make_model(pad_token_id=2), make_tokenizer(eos="<eos>", pad=None))
     scores = shared.score_prefixes(PROMPTS, CASES, prefixes)
     assert [row[-1] for row in scores] == pytest.approx(shared(PROMPTS, CASES), abs=1e-6)
 

@@ -152,10 +152,13 @@ def test_a_signal_or_our_own_error_passes_through_unchanged():
     with pytest.raises(TrpoLMError, match=r"^no such file$"):
         score(mistaken)
 
-    def full(completions):
-        raise torch.OutOfMemoryError("no memory")
 
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError()])
+def test_B58_memory_that_is_full_in_a_reward_is_no_fault_of_its_own(error):
+    def full(completions):
+        raise error
+
+    with pytest.raises(type(error)):
         score(full)
 
 

@@ -21,11 +21,11 @@ from trpo_lm.training.assembly import (
 CPU = torch.device("cpu")
 
 
-def parts(reward=runs.score, **options):
+def parts(reward=runs.score, tokenizer=None, **options):
     args = TrainerConfig(max_completion_length=5, **options)
     made = assemble(
         tiny.build(), make_rewards(reward, None, args, CPU), args,
-        device=CPU, peft_config=tiny.lora(), tokenizer=tiny.tokenizer(),
+        device=CPU, peft_config=tiny.lora(), tokenizer=tokenizer or tiny.tokenizer(),
     )  # fmt: skip
     return made, args
 
@@ -101,3 +101,37 @@ def test_B15_template_arguments_are_used_or_answered_and_unused_columns_named():
     assert made.mdp.encode([talk])[0][:2] == [11, 5]  # w7 w1
     with pytest.raises(TrpoLMError, match=r"no prompt is a conversation .*chat_template_kwargs"):
         fit_data(Data(Prompts(["w1"], {})), made, args, print)
+
+
+def test_B18_columns_that_no_other_process_can_compare_are_named_at_the_start():
+    made, args = parts(lambda completions, **_: [0.0] * len(completions))
+    held_out, notes = Prompts(["w1"], {"lambda": [print], "x": [lambda: 1]}), []
+    fit_data(Data(Prompts(["w1"], {"thing": [object()]}), held_out), made, args, notes.append)
+    assert any("will not notice if they changed: thing, x" in note for note in notes), notes
+
+
+def test_B33_a_run_takes_the_folder_of_a_tokenizer(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path)
+    for given in (tmp_path, str(tmp_path)):
+        made, _ = parts(tokenizer=given)
+        assert made.mdp.encode(["w1"]) == [tiny.tokenizer()("w1").input_ids]
+    with pytest.raises(TrpoLMError, match="is no tokenizer"):
+        parts(tokenizer=object())
+
+
+def test_a_reward_that_cannot_read_prefixes_is_no_critic():
+    def needs(completions, completion_ids):
+        return [0.0] * len(completions)
+
+    def stateful(completions, trainer_state):
+        return [0.0] * len(completions)
+
+    def can(completions, completion_ids=None, trainer_state=None):
+        return [0.0] * len(completions)
+
+    for refused, argument in ((needs, "completion_ids"), (stateful, "trainer_state")):
+        with pytest.raises(TrpoLMError, match=f"requires {argument}, which unfinished .*critic"):
+            parts(refused, critic="prefix")
+        parts(refused, critic="value_head")
+        parts([refused, can], critic="prefix", reward_weights=[0.0, 1.0])
+    parts(can, critic="prefix")

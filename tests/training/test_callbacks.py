@@ -1,8 +1,12 @@
 """transformers' callbacks: what they are told, and what they may ask for."""
 
+import pytest
 import runs
 from runs import checkpoints, trainer
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.training.metrics import Evaluation
 
 
 class Listener(TrainerCallback):
@@ -85,3 +89,72 @@ class Logs(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.logs.append(logs)
+
+
+class Stops(EarlyStoppingCallback):
+    """Made without arguments, and after several evaluations without a better score."""
+
+    def __init__(self, patience=2):
+        super().__init__(early_stopping_patience=patience)
+
+
+@pytest.mark.parametrize("given", [Stops(), Stops, [Stops()], (Stops,), {Stops}])
+def test_B39_early_stopping_follows_the_held_out_score(tmp_path, monkeypatch, given):
+    made = trainer(tmp_path, updates=9, evals=runs.HELD_OUT, eval_steps=1, callbacks=given)
+    scores = iter([0.1, 0.5, 0.4, 0.6, 0.6, 0.2, 0.9])
+    monkeypatch.setattr(made, "evaluate", lambda **_: Evaluation(next(scores), 0.0, 0.0, None))
+    monkeypatch.setattr(made, "_finish", lambda: None)
+    rows = made.train()
+    assert [row["objective/eval_score_mean"] for row in rows] == [0.5, 0.4, 0.6, 0.6, 0.2]
+    assert made.callbacks.state.best_metric == 0.6 and made.callbacks.state.best_global_step == 3
+
+
+def test_B39_a_resumed_run_remembers_the_best_score(tmp_path):
+    options = {"evals": runs.HELD_OUT, "eval_steps": 1, "save_steps": 1, "callbacks": Stops(9)}
+    rows = trainer(tmp_path, updates=2, **options).train()
+    made = trainer(tmp_path, updates=3, resume_from_checkpoint="auto", **options)
+    scores = [row["objective/eval_score_mean"] for row in rows]
+    rows = made.train()
+    scores.append(rows[-1]["objective/eval_score_mean"])
+    assert made.callbacks.state.best_metric == max(scores)
+
+
+class Needs(TrainerCallback):
+    def __init__(self, argument):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda *_: None, "is no callback"),
+        ([print], "is no callback"),
+        ("wandb", "'wandb' is no callback"),
+        ([Listener(), object()], "is no callback"),
+        (int, "0 is no callback"),
+        (Needs, "Needs cannot be made: TypeError.*argument"),
+        (Stops(), "looks at evaluations, and there are none"),
+    ],
+)
+def test_B39_what_is_no_callback_is_refused_at_construction(tmp_path, given, words):
+    with pytest.raises(TrpoLMError, match=rf"(?s){words}.*callbacks"):
+        trainer(tmp_path, callbacks=given)
+    assert not any(tmp_path.iterdir())
+
+
+class Fails(TrainerCallback):
+    def __init__(self, event, *, raises=True):
+        setattr(self, event, self.fail if raises else lambda *_, **__: 7)
+
+    def fail(self, *_, **__):
+        raise KeyError("no such thing")
+
+
+@pytest.mark.parametrize("event", ["begin", "step_begin", "step_end", "log", "save", "end"])
+def test_B39_a_callback_that_fails_is_named_and_what_was_accepted_is_kept(tmp_path, event):
+    event = f"on_train_{event}" if event in ("begin", "end") else f"on_{event}"
+    with pytest.raises(TrpoLMError, match=f"callback Fails failed: KeyError.*({event})") as caught:
+        trainer(tmp_path, updates=1, callbacks=Fails(event)).train()
+    assert isinstance(caught.value, RunFault) == (event != "on_train_begin")
+    with pytest.raises(TrpoLMError, match=r"returned 7 instead of its control"):
+        trainer(tmp_path / "7", updates=1, callbacks=Fails(event, raises=False)).train()

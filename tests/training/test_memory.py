@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from trpo_lm.lm.memory import MOST_TOKENS, PHASES, Cost, Room, rows_within
 from trpo_lm.training.memory import halved_if_full
-from trpo_lm.training.ranks import OutOfMemory
+from trpo_lm.training.ranks import OutOfMemory, Ranks
 
 ALONE = SimpleNamespace(agree=lambda work: work(), gather=lambda items: items)
 LENGTH, TOTAL = 100, 6000
@@ -74,3 +75,39 @@ def test_a_set_of_rows_fits_by_its_own_tokens():
 def test_rows_of_a_padded_batch():
     assert rows_within([1, 2, 3, 4], 100) == 4 and rows_within([1, 2, 3, 4], 9) == 3
     assert rows_within([50], 10) == 1 and rows_within([5, 50], 60) == 1
+
+
+def allocate():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def full():
+    raise MemoryError
+
+
+def elsewhere():
+    raise RuntimeError("std::bad_alloc")
+
+
+def another():
+    raise RuntimeError("another fault")
+
+
+@pytest.mark.parametrize("work", [allocate, full, elsewhere])
+def test_B58_a_full_host_is_a_full_device(work):
+    tries = []
+
+    def once():
+        tries.append(1)
+        if len(tries) == 1:
+            work()
+        return "done"
+
+    notes, passes = [], room()
+    passes.tokens("gradient", LENGTH, TOTAL)
+    assert halved_if_full(once, lambda: None, passes, Ranks(), notes.append) == "done"
+    assert len(notes) == 1 and "half as many tokens" in notes[0]
+    with pytest.raises(OutOfMemory, match="the device is out of memory"):
+        Ranks().agree(work)
+    with pytest.raises(RuntimeError, match="another fault"):
+        Ranks().agree(another)

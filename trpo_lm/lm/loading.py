@@ -35,6 +35,7 @@ from trpo_lm.seeds import global_seed
 
 # How files are read: no code in them, and what they lack is reported.
 REPORTED = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+HALF = (torch.bfloat16, torch.float16)
 _SAFE = {"trust_remote_code": False}  # False, unlike None, also never asks on the terminal
 
 
@@ -232,6 +233,27 @@ def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLME
     )
 
 
+def as_tokenizer(given: Any) -> Any:
+    """Return the tokenizer that is meant: one as it is, that of a processor, or by name or path.
+
+    Raises:
+        TrpoLMError: If there is none.
+    """
+    if isinstance(given, str | os.PathLike):
+        return load_tokenizer(os.fspath(given))
+    tokenizer = getattr(given, "tokenizer", given)
+    if not (
+        callable(tokenizer) and hasattr(tokenizer, "decode") and hasattr(tokenizer, "pad_token_id")
+    ):
+        raise TrpoLMError(
+            f"{type(given).__name__} is no tokenizer, and has none", where="processing_class",
+            hint="pass a tokenizer of transformers, a processor with one, or the name or path of "
+            "either; a tokenizers.Tokenizer becomes one by PreTrainedTokenizerFast(tokenizer_object"
+            "=..., eos_token=...)",
+        )  # fmt: skip
+    return tokenizer
+
+
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model by name or path.
 
@@ -342,7 +364,7 @@ def with_adapter(
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
             return get_peft_model(model, peft_config or default_lora(settings))  # type: ignore
-    except Exception as error:  # whatever peft may raise
+    except Exception as error:  # each kind of adapter has its own for what it does not support
         raise TrpoLMError(
             f"the adapter does not fit the model: {_first_line(error)}",
             where="peft_config" if peft_config is not None else "lora_target_modules",
@@ -355,16 +377,26 @@ def trainable_tensors(model: PeftModel) -> list[torch.nn.Parameter]:
     """Return the trainable parameters of a model; those in half precision become float32.
 
     Raises:
-        TrpoLMError: If there are none.
+        TrpoLMError: If there are none, or some are not the adapter's own and in half precision:
+            peft casts the inputs of adapters, not those of whole layers.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    own = str(getattr(model.base_model, "prefix", "lora_"))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    half = [name for name, p in named if own not in name and p.dtype in HALF]
+    if half:
+        raise TrpoLMError(
+            f"{', '.join(half[:3])} would be trained in half precision",
+            where="peft_config",
+            hint="load the base with dtype 'float32', or leave out modules_to_save and bias",
+        )
+    trainable = [p for _, p in named]
     if not trainable:
         raise TrpoLMError(
             "the adapter has no trainable parameters",
             hint=f"target {linear_module_names(model.get_base_model())}",
         )
     for p in trainable:
-        if p.dtype in (torch.bfloat16, torch.float16):
+        if p.dtype in HALF:
             p.data = p.data.float()
     return trainable
 

@@ -184,6 +184,17 @@ class Room:
         )
 
 
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device, or of its host, is full.
+
+    torch has a class of its own for devices; of its host it raises a RuntimeError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, RuntimeError | OSError) and any(w in str(error) for w in words)
+
+
 def fastest(device: torch.device) -> int:
     """Return the tokens beyond which a pass on a device is no faster."""
     return MOST_TOKENS_CPU if device.type == "cpu" else MOST_TOKENS

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
+import torch
 
 from trpo_lm.config import DatasetSettings
 from trpo_lm.errors import TrpoLMError
@@ -62,9 +65,50 @@ class Prompts:
         return Prompts(*first, self.asked), Prompts(*last, self.asked)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change with any prompt or column."""
-        content = json.dumps([self.prompts, self.columns], sort_keys=True, default=repr)
+        """Return 16 hex digits of the content, the same in every process; see `uncompared`."""
+        unknown = self.uncompared()
+        prompts = [] if "prompt" in unknown else self.prompts
+        columns = {n: values for n, values in self.columns.items() if n not in unknown}
+        content = json.dumps([prompts, columns, *unknown], sort_keys=True, default=_content)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def uncompared(self) -> list[str]:
+        """Return the columns with values that no other process could tell apart by content."""
+        columns = {"prompt": self.prompts, **self.columns}
+        return sorted(name for name, values in columns.items() if not _has_content(values))
+
+
+def _has_content(values: list) -> bool:
+    try:
+        json.dumps(values, sort_keys=True, default=_content)
+    except (TypeError, ValueError, RecursionError):  # no content; a circle; too deep
+        return False
+    return True
+
+
+def _content(value: Any) -> Any:
+    """Return what a value that JSON does not have holds, as values that it has, or others.
+
+    Raises:
+        TypeError: If only its address tells it from others.
+    """
+    if isinstance(value, set | frozenset):
+        return sorted(json.dumps(item, sort_keys=True, default=_content) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__name__, {f.name: getattr(value, f.name) for f in fields(value)}]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return value.tolist()
+    as_bytes = getattr(value, "tobytes", None)  # arrays, images, views of memory
+    if as_bytes is not None:
+        kind = [str(getattr(value, name, "")) for name in ("dtype", "shape", "mode", "size")]
+        return [*kind, hashlib.sha256(as_bytes()).hexdigest()]
+    text = repr(value)
+    if re.search(r"\bat 0x[0-9a-fA-F]+", text):
+        raise TypeError(f"{text:.80} has no content")
+    return text
 
 
 def load_both(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -24,7 +26,7 @@ from trpo_lm.lm.examination import (
     ids_have_embeddings,
     weights_are_complete,
 )
-from trpo_lm.lm.memory import fastest, rows_within
+from trpo_lm.lm.memory import fastest, is_full, rows_within
 from trpo_lm.lm.prompts import apply_template, as_turn, template_options
 
 _PROBE_TOKENS = 8  # length of the text that tests whether a classifier is causal
@@ -36,11 +38,14 @@ class RewardModel:
     Scores prompt + completion as one text; conversations go through the tokenizer's own chat
     template. One output: its raw value. Several: the probability of `label` (softmax; sigmoid where
     the config says "multi_label_classification"). Texts longer than the model's context are
-    truncated on the left, for the completion is at the end.
+    truncated on the left, for the completion is at the end. A batch scores what each text alone
+    scores, by the model and its config as they were shipped.
 
     Args:
-        model: Name or folder for `AutoModelForSequenceClassification`, or a loaded model.
-        processing_class: Its tokenizer; default: the one stored with the model.
+        model: Name or folder for `AutoModelForSequenceClassification`, or a loaded model, which is
+            put into eval mode.
+        processing_class: Its tokenizer, a processor that has one, or the name or path of either;
+            default: what is stored with the model.
         label: Output to reward, by name or index. Default with two outputs: the one named
             "positive", else index 1. Required with more.
         batch_tokens: Most tokens in one forward pass, padding included; halved where memory is
@@ -54,8 +59,8 @@ class RewardModel:
         max_length: Context length, tokens.
 
     Raises:
-        TrpoLMError: If the model cannot be loaded, has no trained head, tokenizer or padding token,
-            or `label` is not one of its outputs.
+        TrpoLMError: If the model cannot be loaded, has no trained head or tokenizer, or `label` is
+            not one of its outputs.
     """
 
     scores_prefixes = True
@@ -73,8 +78,9 @@ class RewardModel:
     ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from trpo_lm.lm.loading import REPORTED, require_safetensors
+        from trpo_lm.lm.loading import REPORTED, as_tokenizer, require_safetensors
 
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         self.__name__ = name.rstrip("/").split("/")[-1] or type(model).__name__
         if isinstance(model, str):
@@ -89,30 +95,34 @@ class RewardModel:
             )  # fmt: skip
         self.model = (model if device is None else model.to(device)).eval()
         examine(each_text_has_logits, self.model, self.__name__, of=self.__name__)
-        self.tokenizer = tokenizer = processing_class or _load(AutoTokenizer, name)
+        self.tokenizer = tokenizer = (
+            _load(AutoTokenizer, name)
+            if processing_class is None
+            else as_tokenizer(processing_class)
+        )
         self.batch_tokens = batch_tokens or fastest(self.model.device)
         self.prefix_stride = prefix_stride
         config = self.model.config
         self.label = _label_index(label, config, name)
 
-        pads = (
-            tokenizer.pad_token_id,
-            getattr(config, "pad_token_id", None),
-            tokenizer.eos_token_id,
-        )
-        pads = [i for i in pads if i is not None and i >= 0]
-        if not pads:
+        # A causal classifier pools at the last token that is not this one; at the last if None.
+        pad = getattr(config.get_text_config(), "pad_token_id", None)
+        self.pad_id = pad if pad in range(self._vocabulary_size) else None
+        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, self.pad_id)
+        self._blank = next((i for i in ids if i is not None), None)
+        if self._blank is None:
             raise TrpoLMError(
-                f"the tokenizer of reward model {name!r} has neither a padding nor an end token",
-                hint="set tokenizer.pad_token and pass the tokenizer as processing_class",
+                f"the tokenizer of reward model {name!r} has no token that an empty text could be",
+                hint="set tokenizer.bos_token or tokenizer.eos_token and pass the tokenizer as "
+                "processing_class",
             )
-        # A causal classifier pools at the last token that is not config.pad_token_id.
-        self.pad_id = config.pad_token_id = config.get_text_config().pad_token_id = pads[0]
         limits = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
         limits = [n for n in (*limits, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
         self.max_length = min([*limits, *_positions_behind_padding(self.model)], default=2**31)
         head = getattr(self.model, "score", None)
         self._head = head if isinstance(head, torch.nn.Module) else None
+        self._ignores_padding = True
+        self._ignores_padding = self._padding_is_ignored()
         self.causal = self._head is not None and tokenizer.is_fast and self._is_causal()
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
@@ -272,17 +282,16 @@ class RewardModel:
         rows, bos = out["input_ids"], tokenizer.bos_token_id
         offsets = out["offset_mapping"] if fast else [[] for _ in rows]
         ends = [[end for _, end in row] for row in offsets]
-        blank = next(i for i in (bos, tokenizer.eos_token_id, self.pad_id) if i is not None)
         for ids, end in zip(rows, ends, strict=True):
             if len(ids) > 1 and ids[0] == ids[1] == bos:
                 del ids[0], end[:1]
             if not ids:
-                ids.append(blank)
+                ids.append(self._blank)
         return rows, [list(accumulate(end, max)) for end in ends]
 
     @torch.no_grad()
     def _logits(self, rows: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
-        """Run the classifier on token ids, in right-padded batches of similar length.
+        """Run the classifier on token ids, in batches of similar length, padded on the right.
 
         Returns:
             For each row its logits (labels,) and the head's output at each position (T, labels),
@@ -303,17 +312,23 @@ class RewardModel:
         hook = self._head and self._head.register_forward_hook(keep)
         try:
             while order:
-                count = rows_within([len(fitted[i]) for i in order], self.batch_tokens)
+                lengths = [len(fitted[i]) for i in order]
+                count = rows_within(lengths, self.batch_tokens)
+                if not self._ignores_padding:
+                    count = min(count, lengths.count(lengths[0]))
+                fill = self._filling([fitted[i] for i in order[:count]])
+                count = count if fill is not None else 1
                 batch = order[:count]
                 tokens = [torch.tensor(fitted[i]) for i in batch]
-                ids = pad_sequence(tokens, batch_first=True, padding_value=self.pad_id)
+                ids = pad_sequence(tokens, batch_first=True, padding_value=fill or 0)
                 mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
                 device = self.model.device
                 try:
                     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-                    pooled = self.model(**inputs).logits.float().cpu()
-                except torch.OutOfMemoryError:
-                    if count == 1:
+                    with self._padded_with(fill):
+                        pooled = self.model(**inputs).logits.float().cpu()
+                except Exception as error:
+                    if count == 1 or not is_full(error):
                         raise
                     self.batch_tokens = ids.numel() // 2
                     outputs.clear()
@@ -329,15 +344,52 @@ class RewardModel:
                 hook.remove()
         return [results[i] for i in range(len(rows))]
 
+    @property
+    def _vocabulary_size(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    def _filling(self, rows: list[list[int]]) -> int | None:
+        """Return a token to pad rows with that no pooling takes for their own; None if all are."""
+        if self.pad_id is not None:
+            return self.pad_id
+        used = {i for row in rows for i in row}
+        return next((i for i in range(self._vocabulary_size) if i not in used), None)
+
+    @contextmanager
+    def _padded_with(self, fill: int | None) -> Iterator[None]:
+        """Let the model see which token is padding, inside the block."""
+        configs = (self.model.config, self.model.config.get_text_config())
+        shipped = [getattr(config, "pad_token_id", None) for config in configs]
+        for config in configs:
+            config.pad_token_id = fill
+        try:
+            yield
+        finally:
+            for config, pad in zip(configs, shipped, strict=True):
+                config.pad_token_id = pad
+
+    def _probe(self) -> list[list[int]]:
+        """Return a short text and every beginning of it, as token ids."""
+        special = {*self.tokenizer.all_special_ids, self.pad_id}
+        ids = [i for i in range(self._vocabulary_size) if i not in special]
+        ids = ids[: min(_PROBE_TOKENS, self.max_length)]
+        return [ids[: n + 1] for n in range(len(ids))]
+
+    def _padding_is_ignored(self) -> bool:
+        """Whether rows that are padded to one length get the scores that each gets alone."""
+        rows = self._probe()
+        alone = torch.cat([self._logits([row])[0][0][None] for row in rows])
+        return self._same(torch.stack([pooled for pooled, _ in self._logits(rows)]), alone)
+
     def _is_causal(self) -> bool:
         """Whether the head's output at each position is that of the text truncated there."""
-        special = {*self.tokenizer.all_special_ids, self.pad_id}
-        vocabulary = range(self.model.get_input_embeddings().num_embeddings)
-        probe = [i for i in vocabulary if i not in special][: min(_PROBE_TOKENS, self.max_length)]
-        cuts = self._logits([probe[: n + 1] for n in range(len(probe))])
-        alone, inside = torch.stack([pooled for pooled, _ in cuts]), cuts[-1][1]
+        cuts = self._logits(self._probe())
+        return self._same(cuts[-1][1], torch.stack([pooled for pooled, _ in cuts]))
+
+    def _same(self, found: Tensor, expected: Tensor) -> bool:
+        """Whether logits agree up to rounding."""
         tolerance = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
-        return inside.shape == alone.shape and bool((inside - alone).abs().max() <= tolerance)
+        return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance)
 
     def _score(self, logits: Tensor) -> Tensor:
         """Turn logits (..., labels) into scores (...)."""

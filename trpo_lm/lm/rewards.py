@@ -31,6 +31,7 @@ from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.guest import Guest
+from trpo_lm.lm.memory import is_full
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, as_turn
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.reward_workers import Pool, RemoteFailure, call, collect_metric
@@ -199,6 +200,18 @@ class Rewards:
     def models(self) -> list[RewardModel]:
         """The functions that are reward models."""
         return [function for function in self.functions if isinstance(function, RewardModel)]
+
+    def check_prefixes(self) -> None:
+        """Raise `TrpoLMError` if a function with a weight cannot be called with unfinished text."""
+        triples = zip(self.names, self.weights, self._signatures, strict=True)
+        for name, weight, (required, _) in triples:
+            if weight and (absent := sorted(required & {"completion_ids", "trainer_state"})):
+                raise TrpoLMError(
+                    f"reward {name!r} requires {', '.join(absent)}, which unfinished text has not, "
+                    "and the critic scores unfinished text",
+                    where="critic",
+                    hint="set critic to 'value_head', or give these arguments a default",
+                )
 
     def reads(self, column: str) -> bool:
         """Whether a column of the dataset reaches a function that names it or takes anything."""
@@ -385,7 +398,7 @@ class Rewards:
     def _raise_failure(self, k: int, result: Any, prompts: list) -> None:
         """Raise if the call of function `k` ended in an exception."""
         if isinstance(result, BaseException):
-            ours = isinstance(result, (TrpoLMError, torch.OutOfMemoryError))
+            ours = isinstance(result, TrpoLMError) or is_full(result)
             if ours or not isinstance(result, Exception):  # a signal, raised in an async function
                 raise result
             kind = "" if isinstance(result, RemoteFailure) else f"{type(result).__name__}: "

@@ -25,7 +25,7 @@ from trpo_lm.lm.examination import (
     texts_join,
 )
 from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
-from trpo_lm.lm.loading import dtype_name, load_tokenizer, quiet_loading
+from trpo_lm.lm.loading import as_tokenizer, dtype_name, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, Prompts, check_prompts, load_prompts
@@ -74,7 +74,8 @@ def assemble(
         args: Settings of the run.
         device: Where to put the model.
         peft_config: Adapter to train; the LoRA of `args` when None.
-        tokenizer: The model's own when None.
+        tokenizer: One, a processor that has one, or the name or path of either; the model's own
+            when None.
 
     Raises:
         TrpoLMError: If the model or its tokenizer cannot be used.
@@ -90,7 +91,7 @@ def assemble(
             device=device,
             micro_batch_tokens=args.micro_batch_tokens,
         )
-        tokenizer = tokenizer or load_tokenizer(policy.name)
+        tokenizer = as_tokenizer(policy.name if tokenizer is None else tokenizer)
     mdp = TokenMDP(
         tokenizer,
         rewards,
@@ -104,6 +105,8 @@ def assemble(
         width=policy.base.config.get_text_config().hidden_size,
         length=args.max_completion_length,
     )
+    if critic.reads_prefixes:
+        rewards.check_prefixes()
     return Parts(policy, tokenizer, rewards, mdp, critic)
 
 
@@ -228,6 +231,11 @@ def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str]
     unused = [n for n in unused if not (talks and n in TEMPLATE_COLUMNS)]
     if unused:
         note(f"columns of the dataset that no reward takes, not used: {', '.join(unused)}")
+    if unknown := {n for p in (train, held_out) if p is not None for n in p.uncompared()}:
+        note(
+            "values that cannot be told apart by their content; a resumed run will not notice if "
+            f"they changed: {', '.join(sorted(unknown))}"
+        )
     if held_out is not None:
         first = range(min(len(held_out), args.eval_prompts))
         held_out = Prompts(*held_out.take(first))

@@ -35,6 +35,7 @@ from trpo_lm.core.fisher import linearised_activations, twice_differentiable
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.critic import make_critic
 from trpo_lm.lm.loading import (
+    as_tokenizer,
     is_quantized,
     load_dtype,
     load_tokenizer,
@@ -226,10 +227,10 @@ def longest_prompt(source: Any, column: str, model: Any, tokenizer: Any = None) 
         source: As for `prompts.load_prompts`.
         column: That holds the prompt.
         model: Name or path of the model, whose tokenizer is used when there is none.
-        tokenizer: Of the run.
+        tokenizer: Of the run, or its processor, name or path.
 
     Raises:
-        TrpoLMError: If there are prompts that cannot be read.
+        TrpoLMError: If there are prompts that cannot be read, or there is no such tokenizer.
     """
     if source is None or (isinstance(source, str) and not Path(source).is_file()):
         return None
@@ -241,6 +242,7 @@ def longest_prompt(source: Any, column: str, model: Any, tokenizer: Any = None) 
             return None
     if tokenizer is None:
         return None
+    tokenizer = as_tokenizer(tokenizer)
     return max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts[-64:])
 
 

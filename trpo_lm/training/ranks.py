@@ -25,6 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import Tensor
 
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.memory import is_full
 from trpo_lm.training.stages import Stages
 
 
@@ -138,7 +139,7 @@ class Ranks:
         except Exception as failure:
             if self.count > 1:
                 self._check_in(failure)
-            if isinstance(failure, torch.OutOfMemoryError):
+            if is_full(failure):
                 raise _shared(failure) from failure
             raise
         if self.count > 1:
@@ -248,15 +249,15 @@ def _leave() -> None:
 
 def _shared(failure: Exception) -> TrpoLMError:
     """Return the error that all ranks raise when one of them failed."""
-    if isinstance(failure, torch.OutOfMemoryError):
+    if isinstance(failure, TrpoLMError):
+        kind = SharedFault if isinstance(failure, RunFault) else TrpoLMError
+        return kind(failure.what, where=failure.where, hint=failure.hint)
+    if is_full(failure):
         return OutOfMemory(
-            f"the device is out of memory{_peak()}: {failure}",
+            f"the device is out of memory{_peak()}: {failure}".removesuffix(": "),
             hint="lower max_completion_length, or a smaller model",
         )
-    if not isinstance(failure, TrpoLMError):
-        return SharedFault(f"{type(failure).__name__}: {failure}")
-    kind = SharedFault if isinstance(failure, RunFault) else TrpoLMError
-    return kind(failure.what, where=failure.where, hint=failure.hint)
+    return SharedFault(f"{type(failure).__name__}: {failure}")
 
 
 def _peak() -> str:

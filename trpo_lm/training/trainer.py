@@ -58,6 +58,7 @@ from trpo_lm.training.stages import Stages
 from trpo_lm.training.state import TrainState, flat, restore, snapshot
 
 LONG = 2.0  # seconds that the examination may take without a word
+CallbackLike = TrainerCallback | type[TrainerCallback]
 
 
 class Trainer:
@@ -69,8 +70,9 @@ class Trainer:
         train_dataset: Prompts; see `prompts.load_prompts`.
         args: Everything that is not the algorithm.
         eval_dataset: Held-out prompts.
-        processing_class: Tokenizer; the model's own when None.
-        callbacks: transformers' `TrainerCallback`s; see `callbacks`.
+        processing_class: Tokenizer, a processor that has one, or the name or path of either; the
+            model's own when None.
+        callbacks: One or several `TrainerCallback`s of transformers; see `callbacks`.
         peft_config: Adapter to train; LoRA on all linear layers when None.
         algorithm: Update rule with its settings; `TRPO()` when None.
         prompt_column: Column of the datasets that holds the prompt.
@@ -93,7 +95,7 @@ class Trainer:
         args: TrainerConfig | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        callbacks: CallbackLike | Sequence[CallbackLike] = (),
         peft_config: PeftConfig | None = None,
         algorithm: Algorithm[Any] | None = None,
         prompt_column: str = "prompt",
@@ -136,8 +138,9 @@ class Trainer:
             self.display.note(note)
         self.archive = Archive(args, settings, parts, self.ranks, self.stage, plots=plots)
         self.callbacks = Callbacks(
-            callbacks, args, self.ranks, model=self.policy.model, tokenizer=self.tokenizer
-        )
+            callbacks, args, self.ranks, evaluates=self.eval_prompts is not None,
+            model=self.policy.model, tokenizer=self.tokenizer,
+        )  # fmt: skip
         self.interrupts = Interrupts(alone=self.ranks.count == 1)
         self.updates_done = self.completions = self.tokens = 0
         self.rows: list[Row] = []
@@ -234,6 +237,7 @@ class Trainer:
             if state is not None:
                 self._restore(state)
                 self.rows = self.archive.rows(state.update)
+                self.callbacks.resumed(self.rows)
             self.display.note(note)
             if missing := gaps(self.rows, self.updates_done):
                 self.display.note(missing)
@@ -380,8 +384,7 @@ class Trainer:
         }
         row |= {f"objective/{name}": value for name, value in numbers.items()}
         self._flags.should_log = True
-        self.callbacks.event("on_evaluate", metrics=numbers)
-        self.callbacks.agree()
+        self.callbacks.evaluated(numbers)
 
     def _keep_best(self, row: Row) -> None:
         """Save the policy if it is the best evaluated one within the budget."""
