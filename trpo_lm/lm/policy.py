@@ -56,7 +56,15 @@ from trpo_lm.lm.loading import (
     trainable_tensors,
     with_adapter,
 )
-from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fastest, measured_costs
+from trpo_lm.lm.memory import (
+    SHARE,
+    Cost,
+    Room,
+    device_memory,
+    fastest,
+    is_full,
+    measured_costs,
+)
 from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
 from trpo_lm.seeds import generator
 
@@ -137,8 +145,19 @@ class Policy:
         self._transformer = self.base.base_model
         self.cache_argument = cache_argument(self._transformer)
         self.passes = [0]
-        self.head = self._linear_head()
-        self._starts_as_base = self._adapter_is_identity()
+        try:
+            self.head = self._linear_head()
+            self._starts_as_base = self._adapter_is_identity()
+        except Exception as error:  # a model or an adapter may raise anything in its first pass
+            if isinstance(error, TrpoLMError) or is_full(error):
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            raise TrpoLMError(
+                f"the model cannot run with its adapter: {type(error).__name__}: {reason}",
+                where="peft_config" if peft_config is not None else f"model {self.name}",
+                hint="load the model with dtype 'float32', or choose another adapter; LoRA on all "
+                "linear layers is the default",
+            ) from error
         self._activations = elementwise_modules(self.base)
         self.shares_prefixes = False
         self.shares_prefixes = self._prefixes_can_be_shared()
