@@ -17,6 +17,7 @@ import os
 from functools import cache, partial
 from unittest.mock import patch
 
+import pytest
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
@@ -501,6 +502,7 @@ def hold_to_contract(run, folder):
     return f"skipped: {rows[0]['skipped']}" if rows[0]["skipped"] else "trained"
 
 
+@pytest.mark.slow
 @settings(
     max_examples=int(BY_HAND or 100),
     derandomize=BY_HAND is None,

@@ -402,3 +402,15 @@ def test_an_adapter_that_supports_no_such_layer_is_one_error(adapter):
     options = {"projection_prng_key": "x"} if adapter is VeraConfig else {"oft_block_size": 0}
     with pytest.raises(TrpoLMError, match=r"does not fit the model.*peft_config"):
         Policy(tiny.build("gpt2"), adapter(target_modules=["c_attn"], r=2, **options))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat2 must have the same dtype"), KeyError("x")])
+def test_an_adapter_that_fails_in_its_first_pass_is_one_error(monkeypatch, error):
+    """As some kinds do on a base in half precision."""
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Policy, "features", fails)
+    with pytest.raises(TrpoLMError, match=rf"^the check '.*' ended in {type(error).__name__}: "):
+        Policy(tiny.build("llama"), tiny.lora())

@@ -24,6 +24,7 @@ from torch import Tensor
 from trpo_lm.core.fisher import Linear, adjoint_error
 from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm.memory import is_full
 from trpo_lm.seeds import generator
 
 T = TypeVar("T")
@@ -102,6 +103,9 @@ def examine(check: Callable[..., T], *subject: Any, of: str = "", **options: Any
         subject: Its arguments.
         of: Which of several subjects that is.
         options: Its keyword arguments.
+
+    Raises:
+        TrpoLMError: If a pass fails in whatever way, memory that is full apart.
     """
     checked = (check.__doc__ or check.__name__).strip().splitlines()[0].removesuffix(".")
     start, fault, record = perf_counter(), None, _open.get()
@@ -112,6 +116,16 @@ def examine(check: Callable[..., T], *subject: Any, of: str = "", **options: Any
     except TrpoLMError as error:
         fault = error.what
         raise
+    except Exception as error:  # a model or an adapter may raise anything in its first pass
+        if is_full(error):
+            raise
+        fault = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise TrpoLMError(
+            f"the check '{checked}' ended in {fault}",
+            where=of or "model",
+            hint="load the model with dtype 'float32', or choose another adapter; LoRA on all "
+            "linear layers is the default",
+        ) from error
     finally:
         if record is not None:
             label = checked + (f" ({of})" if of else "")
