@@ -3,7 +3,7 @@
     accelerate launch recipes/sentiment.py            # or: python recipes/sentiment.py
 
 Without arguments it trains the embedded 1.2M-parameter LM against the embedded reward model: no
-network, one to two minutes on two cores. The mean score of held-out prompts rises from 0.44 to
+network, two to four minutes on two cores. The mean score of held-out prompts rises from 0.44 to
 about 0.8, while every update stays inside its trust region (`max_kl`) and the whole run inside its
 budget (`max_ref_kl`), both in nats per completion. At real size, with a model hub:
 
