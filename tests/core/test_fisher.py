@@ -357,8 +357,8 @@ class Activation(torch.nn.Module):
         return self.function(x)
 
 
-def with_activation(function, layers=2):
-    model = tiny.build(n_layer=layers)
+def with_activation(function, layers=2, dtype=torch.float32):
+    model = tiny.build(n_layer=layers, dtype=dtype)
     for block in model.transformer.h:
         block.mlp.act = Activation(function)
     return tiny.policy(model=model, spread=0.3)
@@ -366,9 +366,10 @@ def with_activation(function, layers=2):
 
 @pytest.mark.parametrize("kernel", [Kernel, MarkedKernel, WrongKernel])
 @pytest.mark.parametrize("layers", [1, 2, 12])
-def test_B22_a_kernel_that_drops_or_distorts_a_derivative_is_found(kernel, layers):
-    assert with_activation(torch.tanh, layers).exact_products == ["retained", "forward"]
-    assert with_activation(kernel.apply, layers).exact_products == []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_B22_a_kernel_that_drops_or_distorts_a_derivative_is_found(kernel, layers, dtype):
+    assert with_activation(torch.tanh, layers, dtype).exact_products == ["retained", "forward"]
+    assert with_activation(kernel.apply, layers, dtype).exact_products == []
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "neox", "gemma2"])
@@ -378,6 +379,17 @@ def test_B22_an_exact_model_is_never_called_inexact(kind, layers, width):
         "num_hidden_layers": layers, "hidden_size": width,
     }  # fmt: skip
     policy = tiny.policy(model=tiny.build(kind, **size))
+    assert policy.exact_products == ["retained", "forward"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("gpt2", 12), ("gpt2", 40), ("neox", 12), ("neox", 40), ("llama", 12)]
+)
+def test_B22_rounding_to_bfloat16_is_no_wrong_derivative(kind, layers):
+    size = {"gpt2": {"n_layer": layers, "n_embd": 64}}.get(
+        kind, {"num_hidden_layers": layers, "hidden_size": 64}
+    )
+    policy = tiny.policy(model=tiny.build(kind, dtype=torch.bfloat16, **size))
     assert policy.exact_products == ["retained", "forward"]
 
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 PROBE, SHORT = 8, 5  # tokens of the text that checks are made on, and of its shortened form
 ROUNDING = {8: 1e-3, 4: 1e-3, 2: 0.1, 1: 0.1}  # of a model, by bytes of its shortest numbers
 PROBE_MOVE = 1e-2  # of each parameter, away from B = 0, while derivatives are compared
-PROBE_ERROR = {8: 1e-3, 4: 1e-3, 2: 0.03}  # relative, by bytes of a number; rounding: 1e-5, 0.01
+PROBE_ERROR = {8: 1e-3, 4: 1e-3, 2: 0.1}  # relative, by bytes of a number; rounding: 1e-5, 0.04
 CAUSAL = "a causal (decoder-only) LM with an output layer is needed, as AutoModelForCausalLM loads"
 
 # ---------------------------------------------------------------- the record
@@ -135,10 +135,14 @@ def examine(check: Callable[..., T], *subject: Any, of: str = "", **options: Any
 # ---------------------------------------------------------------- passes
 
 
-def probe_ids(model: Any) -> Tensor:
-    """Return a text of `PROBE` tokens, (1, PROBE)."""
+def probe_ids(model: Any, length: int = PROBE) -> Tensor:
+    """Return a text, (1, length), from the middle of the vocabulary.
+
+    Special tokens stand at its ends, and a text of nothing else may take a model where rounding is
+    all there is: on a 135M chat model in bfloat16 its features were at a cosine of 0.7 to float32.
+    """
     size = model.config.get_text_config().vocab_size
-    return torch.arange(PROBE, device=model.device)[None] % size
+    return (size // 2 + torch.arange(length, device=model.device))[None] % size
 
 
 def plain_pass(model: Any, ids: Tensor) -> Any:
@@ -189,6 +193,10 @@ def _moved(theta: ParameterVector) -> Iterator[None]:
 
 def _random(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator(0, "probe")).to(like)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x.flatten(), dim=0).view_as(x)
 
 
 def _reason(error: Exception) -> str:
@@ -381,7 +389,8 @@ def product_is_right(
     """Fisher products exist and are right.
 
     They must agree with a plain backward pass of the model as it is, which kernels that drop or
-    distort a derivative do not.
+    distort a derivative do not. A random cotangent u is almost orthogonal to J J^T u, and rounding
+    counts by the inverse of that cosine: half of u is made of J J^T u itself.
 
     Args:
         theta: The parameters.
@@ -396,6 +405,8 @@ def product_is_right(
         u = _random(outputs)
         c = theta.gradient(outputs, cotangent=u)
         try:
+            u = _unit(u) + _unit(jvp(c)).to(u)
+            c = theta.gradient(features(), cotangent=u)
             error = adjoint_error(u, c, jvp)
         except Exception as missing:  # a kernel may raise anything
             return _reason(missing)

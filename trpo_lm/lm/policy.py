@@ -52,6 +52,7 @@ from trpo_lm.lm.examination import (
     gradient_exists,
     head_is_linear,
     positions,
+    probe_ids,
     product_is_right,
     rows_agree,
     stages_agree,
@@ -470,7 +471,7 @@ class Policy:
 
     def _probe_rows(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return one row as inputs of a pass; the latter half of its positions are states."""
-        ids = torch.arange(length, device=self.device)[None] % self.vocabulary_size
+        ids = probe_ids(self.base, length)
         states = torch.arange(length, device=self.device)[None] >= length // 2
         return ids, torch.ones_like(ids), states
 
