@@ -220,9 +220,10 @@ def test_B09_a_batch_pools_where_the_model_as_shipped_pools_each_text(kind, pad)
         texts = [p + c for p, c in zip(PROMPTS, completions, strict=True)]
         expected = [alone(model, tokenizer(text).input_ids).softmax(-1)[1] for text in texts]
         reward = RewardModel(model, tokenizer)
-        assert reward(PROMPTS, completions) == pytest.approx(torch.stack(expected).tolist())
+        expected = pytest.approx(torch.stack(expected).tolist(), abs=1e-5)  # rounding by threads
+        assert reward(PROMPTS, completions) == expected
         states = reward.score_prefixes(PROMPTS, completions, [[c] for c in completions])
-        assert [x for (x,) in states] == pytest.approx(torch.stack(expected).tolist(), abs=1e-5)
+        assert [x for (x,) in states] == expected
         assert model.config.to_dict() == shipped
 
 
