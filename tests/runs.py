@@ -148,9 +148,14 @@ def in_step(made, update, call, action):
 
 def in_child(action):
     """Run in a process of its own; return its exit code (negative: the signal that ended it)."""
-    child = multiprocessing.get_context("fork").Process(target=action)
+
+    def alone():
+        torch.set_num_threads(1)  # the threads of this process are not in a fork of it
+        action()
+
+    child = multiprocessing.get_context("fork").Process(target=alone)
     child.start()
-    child.join(60)
+    child.join(600)
     return child.exitcode
 
 
