@@ -148,12 +148,7 @@ def in_step(made, update, call, action):
 
 def in_child(action):
     """Run in a process of its own; return its exit code (negative: the signal that ended it)."""
-
-    def alone():
-        torch.set_num_threads(1)  # the threads of this process are not in a fork of it
-        action()
-
-    child = multiprocessing.get_context("fork").Process(target=alone)
+    child = multiprocessing.get_context("fork").Process(target=action)
     child.start()
     child.join(600)
     return child.exitcode

@@ -38,6 +38,15 @@ OUTCOME = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The threads of a process are not in a fork of it, and their number changes the rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def start(folder, **options):
     options = SETTINGS | {"resume_from_checkpoint": "auto"} | options
     return trainer(folder, **options).train()
