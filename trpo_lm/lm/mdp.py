@@ -302,7 +302,8 @@ class TokenMDP:
                 )
         finally:
             policy.base.generation_config = shipped
-        drawn = watch.drawn(out)
+        watch.take(out)
+        drawn = torch.stack(watch.columns, dim=1).cpu()
         out = out[:, ids.shape[1] :].cpu()
         missing = (0, self.max_completion_length - out.shape[1])
         return pad(out, missing, value=self.pad_token_id), pad(drawn, missing)
@@ -330,16 +331,14 @@ class _Watch(LogitsProcessor):
                 "non-finite logits at layer output", where="generation",
                 hint="a weight of the model is nan or infinite, or its dtype overflows",
             )  # fmt: skip
-        self.drawn(input_ids)
+        self.take(input_ids)
         self.latest = log_softmax(scores[:WATCHED].float() / self.temperature)
         return scores
 
-    def drawn(self, input_ids: Tensor) -> Tensor:
-        """Take up the last tokens; return the log-probabilities of all so far, (n, steps)."""
-        if self.latest is None:
-            return torch.zeros(min(WATCHED, len(input_ids)), 0)
-        self.columns.append(token_logprobs(self.latest, input_ids[:WATCHED, -1]).cpu())
-        return torch.stack(self.columns, dim=1)
+    def take(self, input_ids: Tensor) -> None:
+        """Record the log-probability of each row's last token, drawn from the latest logits."""
+        if self.latest is not None:
+            self.columns.append(token_logprobs(self.latest, input_ids[:WATCHED, -1]))
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
