@@ -105,6 +105,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(folder, MANIFEST, "is missing")
     try:
         record = read_json(folder / MANIFEST)
+    except TrpoLMError as error:
+        raise damaged(folder, MANIFEST, error.what) from None
+    try:
         version, update, listed = (record.pop(key) for key in ("format", "update", "files"))
         if type(version) is int and version != FORMAT:
             raise TrpoLMError(
@@ -113,10 +116,6 @@ def read_manifest(folder: Path) -> Manifest:
                 where=str(folder / MANIFEST),
             )
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
-    except TrpoLMError as error:
-        if "has format" in error.what:
-            raise
-        raise damaged(folder, MANIFEST, error.what) from None
     except (KeyError, TypeError, AttributeError):
         raise damaged(folder, MANIFEST, "cannot be read") from None
     for name in files:
