@@ -154,8 +154,10 @@ class Room:
             total: Of all rows.
         """
         fits = int(self.budget / self.costs[phase].per_token(length))
-        size = min(self.default, fits) if self.most is None else self.most
-        size = fits if phase == "rollout" else size
+        if phase == "rollout":
+            size = fits
+        else:
+            size = min(self.default, fits) if self.most is None else self.most
         size = max(length, min(size, self.limits.get(phase, size)))
         self.phase, self.asked = phase, (min(size, total), length)
         return size
