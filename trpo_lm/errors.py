@@ -12,6 +12,11 @@ _UNPRINTABLE = dict.fromkeys(
 )  # fmt: skip
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the error's type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class TrpoLMError(ValueError):
     """A mistake in what the user passed; its text can be printed, whatever names it quotes.
 

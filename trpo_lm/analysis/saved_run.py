@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trpo_lm.analysis.probe import probe
 from trpo_lm.config import LORA, ModelSettings, TrainerConfig, describe
-from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.errors import RunFault, TrpoLMError, first_line
 from trpo_lm.lm.critic import Critic
 from trpo_lm.lm.identity import base_digest
 from trpo_lm.lm.loading import dtype_name, load_model, load_tokenizer, quiet_loading
@@ -49,6 +49,7 @@ from trpo_lm.training.folder import (
     temporary,
 )
 from trpo_lm.training.manifest import MANIFEST, Manifest, damaged, read_manifest, verify
+from trpo_lm.training.metrics import none_if_nan
 from trpo_lm.training.state import shapes
 
 logger = logging.getLogger(__name__)
@@ -207,8 +208,7 @@ def evaluate(
     difference: Row = {}
     for kind, before in reference_means.items():
         gain = policy_means[kind] - before
-        mean = float(gain.nanmean())
-        difference[kind] = mean if isfinite(mean) else None
+        difference[kind] = none_if_nan(float(gain.nanmean()))
         difference[f"{kind}_interval"] = _interval(gain)
     return {"reference": reference, "policy": policy, "difference": difference}
 
@@ -248,8 +248,7 @@ def _measure(
         each["judge"] = torch.tensor(verdicts).double()
     means = {kind: x.reshape(-1, completions).nanmean(-1) for kind, x in each.items()}
     means["greedy"] = likeliest.scores.score.double().where(likeliest.scores.valid, torch.nan)
-    mean = float(means["greedy"].nanmean())
-    results["greedy"] = mean if isfinite(mean) else None
+    results["greedy"] = none_if_nan(float(means["greedy"].nanmean()))
     return results | {f"{kind}_interval": _interval(x) for kind, x in means.items()}, means
 
 
@@ -361,7 +360,7 @@ def _settings(
             raise TypeError("a value is of another type")
         return settings, TrainerConfig(**{name: settings[name] for name in _SETTINGS})
     except (TypeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     what = f"the settings of the run cannot be used: {reason}"
     raise TrpoLMError(what, where=str(folder / (MANIFEST if noted else SETTINGS)))
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import cycle, islice
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -119,7 +118,7 @@ def examine(check: Callable[..., T], *subject: Any, of: str = "", **options: Any
     except Exception as error:  # a model or an adapter may raise anything in its first pass
         if is_full(error):
             raise
-        fault = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        fault = _reason(error)
         raise TrpoLMError(
             f"the check '{checked}' ended in {fault}",
             where=of or "model",
@@ -438,7 +437,7 @@ def each_text_has_logits(model: Any, name: str) -> None:
 @torch.no_grad()
 def pooling_is_its_own(reward: Any) -> None:
     """A batch has the logits that each of its texts has alone."""
-    rows = [_text(reward, n) for n in (PROBE, SHORT, 1)]
+    rows = [reward.plain_text(n) for n in (PROBE, SHORT, 1)]
     for row, found in zip(rows, reward.logits(rows), strict=True):
         ids = torch.tensor([row], device=reward.model.device)
         logits = plain_pass(reward.model, ids).logits[0]
@@ -461,7 +460,7 @@ def longest_text_fits(reward: Any, tokens: int) -> None:
     """
     tokens = min(tokens, reward.max_length)
     try:
-        reward.logits([_text(reward, tokens)])
+        reward.logits([reward.plain_text(tokens)])
     except Exception as error:  # an index beyond a table, memory that is full
         raise TrpoLMError(
             f"reward model {reward.__name__!r} cannot score a text of {tokens} tokens: "
@@ -469,14 +468,6 @@ def longest_text_fits(reward: Any, tokens: int) -> None:
             where="reward_funcs",
             hint="set model_max_length of its tokenizer to what it can read",
         ) from error
-
-
-def _text(reward: Any, tokens: int) -> list[int]:
-    """Return a text of so many tokens, none of them special."""
-    special = {*reward.tokenizer.all_special_ids, reward.pad_id}
-    count = reward.model.get_input_embeddings().weight.shape[0]
-    plain = islice((i for i in range(count) if i not in special), PROBE)
-    return list(islice(cycle(plain), tokens))
 
 
 # ---------------------------------------------------------------- tokens

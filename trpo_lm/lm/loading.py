@@ -29,7 +29,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from trpo_lm.config import LORA, ModelSettings
-from trpo_lm.errors import TrpoLMError
+from trpo_lm.errors import TrpoLMError, first_line
 from trpo_lm.lm.examination import examine, weights_are_complete
 from trpo_lm.seeds import global_seed
 
@@ -215,7 +215,7 @@ def require_safetensors(folder: str, loader: str) -> None:
 
 def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLMError:
     """Return the error for a model that cannot be loaded."""
-    text = _first_line(error)
+    text = first_line(error)
     kernels = settings.attn_implementation
     if kernels is not None and ("attn" in text or "attention" in text.lower()):
         return TrpoLMError(
@@ -264,14 +264,9 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, **_SAFE)
     except Exception as error:
         raise TrpoLMError(
-            f"no tokenizer for {name!r}: {_first_line(error)}", where="processing_class",
+            f"no tokenizer for {name!r}: {first_line(error)}", where="processing_class",
             hint="pass processing_class=AutoTokenizer.from_pretrained(...)",
         ) from error  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of a message, or the error's type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -366,7 +361,7 @@ def with_adapter(
             return get_peft_model(model, peft_config or default_lora(settings))  # type: ignore
     except Exception as error:  # each kind of adapter has its own for what it does not support
         raise TrpoLMError(
-            f"the adapter does not fit the model: {_first_line(error)}",
+            f"the adapter does not fit the model: {first_line(error)}",
             where="peft_config" if peft_config is not None else "lora_target_modules",
             hint="give a PeftConfig, as LoraConfig; its target_modules can be 'all-linear' or any "
             f"of {linear_module_names(model)}",

@@ -11,7 +11,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from trpo_lm.errors import TrpoLMError
+from trpo_lm.errors import TrpoLMError, first_line
 from trpo_lm.lm.examination import (
+    PROBE,
     each_text_has_logits,
     examine,
     ids_have_embeddings,
@@ -28,8 +29,6 @@ from trpo_lm.lm.examination import (
 )
 from trpo_lm.lm.memory import fastest, is_full, rows_within
 from trpo_lm.lm.prompts import apply_template, as_turn, template_options
-
-_PROBE_TOKENS = 8  # length of the text that tests whether a classifier is causal
 
 
 class RewardModel:
@@ -107,7 +106,7 @@ class RewardModel:
 
         # A causal classifier pools at the last token that is not this one; at the last if None.
         pad = getattr(config.get_text_config(), "pad_token_id", None)
-        self.pad_id = pad if pad in range(self._vocabulary_size) else None
+        self.pad_id = pad if pad in range(self.embeddings) else None
         ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, self.pad_id)
         self._blank = next((i for i in ids if i is not None), None)
         if self._blank is None:
@@ -163,8 +162,7 @@ class RewardModel:
                 ) from error  # fmt: skip
         named = [(f"prompt in row {i}", ids) for i, ids in enumerate(rows)]
         named += [] if self.pad_id is None else [("pad token", [self.pad_id])]
-        count = self.model.get_input_embeddings().weight.shape[0]
-        ids_have_embeddings(named, count, self.tokenizer)
+        ids_have_embeddings(named, self.embeddings, self.tokenizer)
         return max(map(len, rows), default=0)
 
     def logits(self, rows: list[list[int]]) -> Tensor:
@@ -345,15 +343,22 @@ class RewardModel:
         return [results[i] for i in range(len(rows))]
 
     @property
-    def _vocabulary_size(self) -> int:
-        return self.model.get_input_embeddings().num_embeddings
+    def embeddings(self) -> int:
+        """Tokens that the model knows, ids 0 to that less 1."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def plain_text(self, tokens: int) -> list[int]:
+        """Return the ids of a text of so many tokens, none of them special."""
+        special = {*self.tokenizer.all_special_ids, self.pad_id}
+        plain = islice((i for i in range(self.embeddings) if i not in special), PROBE)
+        return list(islice(cycle(plain), tokens))
 
     def _filling(self, rows: list[list[int]]) -> int | None:
         """Return a token to pad rows with that no pooling takes for their own; None if all are."""
         if self.pad_id is not None:
             return self.pad_id
         used = {i for row in rows for i in row}
-        return next((i for i in range(self._vocabulary_size) if i not in used), None)
+        return next((i for i in range(self.embeddings) if i not in used), None)
 
     @contextmanager
     def _padded_with(self, fill: int | None) -> Iterator[None]:
@@ -370,9 +375,7 @@ class RewardModel:
 
     def _probe(self) -> list[list[int]]:
         """Return a short text and every beginning of it, as token ids."""
-        special = {*self.tokenizer.all_special_ids, self.pad_id}
-        ids = [i for i in range(self._vocabulary_size) if i not in special]
-        ids = ids[: min(_PROBE_TOKENS, self.max_length)]
+        ids = self.plain_text(min(PROBE, self.max_length))
         return [ids[: n + 1] for n in range(len(ids))]
 
     def _padding_is_ignored(self) -> bool:
@@ -408,9 +411,8 @@ def _load(loader: Any, name: str, **options: Any) -> Any:
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
         absent = offline and not os.path.isdir(name)
         why = "not found locally and HF_HUB_OFFLINE=1" if absent else "could not be loaded"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrpoLMError(
-            f"reward model {name!r} {why}: {reason}",
+            f"reward model {name!r} {why}: {first_line(error)}",
             hint="give a folder with config.json, model.safetensors, tokenizer.json, or a hub id",
         ) from error
 

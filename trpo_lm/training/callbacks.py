@@ -25,7 +25,7 @@ from transformers.trainer_callback import (
 )
 
 from trpo_lm.config import TrainerConfig
-from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.errors import RunFault, TrpoLMError, first_line
 from trpo_lm.lm.guest import Guest
 from trpo_lm.lm.memory import is_full
 from trpo_lm.storage import Row
@@ -36,8 +36,8 @@ from trpo_lm.training.ranks import Ranks
 class _Handler(CallbackHandler):
     """Calls the callbacks one by one; those that are not transformers' own trackers as guests."""
 
-    trackers: Sequence[TrainerCallback] = ()
-    guest = Guest()
+    trackers: Sequence[TrainerCallback]
+    guest: Guest
 
     def call_event(self, event: str, *args: Any, **keywords: Any) -> Any:
         callbacks, (arguments, state, control, *rest) = self.callbacks, args
@@ -116,7 +116,7 @@ class Callbacks:
         try:
             reporting = [cls() for cls in get_reporting_integration_callbacks(trackers)]
         except (ValueError, RuntimeError, ImportError) as error:
-            raise TrpoLMError(str(error).splitlines()[0], where="report_to") from error
+            raise TrpoLMError(first_line(error), where="report_to") from error
         folder = os.path.abspath(os.path.expanduser(args.output_dir))
         self._arguments = TrainingArguments(
             output_dir=folder, run_name=args.run_name, report_to=trackers or "none",

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.errors import RunFault, TrpoLMError, first_line
 from trpo_lm.report.format import clean
 from trpo_lm.storage import Row, read_file, read_json, strict_json, sync, write_through
 from trpo_lm.training.folder import (
@@ -293,8 +293,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"a header of {header} bytes")
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrpoLMError(f"cannot be read: no safetensors, {reason}", where=str(path)) from error
+        what = f"cannot be read: no safetensors, {first_line(error)}"
+        raise TrpoLMError(what, where=str(path)) from error
 
 
 def _verify(path: Path) -> Manifest:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig, TRPOSettings
 from trpo_lm.core.fisher import linearised_activations, twice_differentiable
-from trpo_lm.errors import TrpoLMError
+from trpo_lm.errors import TrpoLMError, first_line
 from trpo_lm.lm.critic import make_critic
 from trpo_lm.lm.loading import (
     as_tokenizer,
@@ -326,7 +326,7 @@ def _measure(
             )  # fmt: skip
     except Exception as error:  # whatever a config may lead to
         raise TrpoLMError(
-            f"no causal LM can be made of the config of {name!r}: {str(error).splitlines()[0]}",
+            f"no causal LM can be made of the config of {name!r}: {first_line(error)}",
             where="model",
         ) from error
     output = base.get_output_embeddings()
@@ -389,7 +389,7 @@ def _config(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever transformers may raise
         raise TrpoLMError(
-            f"the config of model {model!r} cannot be read: {str(error).splitlines()[0]}",
+            f"the config of model {model!r} cannot be read: {first_line(error)}",
             where="model", hint="give a folder that holds config.json, or a hub id",
         ) from error  # fmt: skip
     return model, config, _new(found), dtype
@@ -451,7 +451,7 @@ def _costs(
     except Exception as error:  # a model without such a cache may raise anything
         raise TrpoLMError(
             f"{type(base).__name__} cannot be measured without its weights: "
-            f"{str(error).splitlines()[0]}",
+            f"{first_line(error)}",
             where="model", hint="start a run: it measures the loaded model, and adapts",
         ) from error  # fmt: skip
 

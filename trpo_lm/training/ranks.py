@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 
-from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.errors import RunFault, TrpoLMError, first_line
 from trpo_lm.lm.memory import is_full
 from trpo_lm.training.stages import Stages
 
@@ -199,7 +199,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise LostRanks(
-                f"rank {self.rank} got no answer from the others: {str(error).splitlines()[0]}",
+                f"rank {self.rank} got no answer from the others: {first_line(error)}",
                 where=f"stage {self._stage.name}",
                 hint="a rank was killed, or needed longer than ddp_timeout",
             ) from error
