@@ -70,6 +70,17 @@ def test_two_kinds_of_quantisation_exclude_each_other():
     assert "False where load_in_4bit is True" in error.value.what and "updates" in error.value.what
 
 
+@pytest.mark.parametrize("prompts, each, fits", [(1, 1, False), (1, 2, True), (2, 1, True)])
+def test_B41_an_update_of_one_completion_is_refused(prompts, each, fits):
+    batch = {"prompts_per_update": prompts, "completions_per_prompt": each}
+    if fits:
+        TrainerConfig(**batch)
+        return
+    with pytest.raises(TrpoLMError, match="one completion has nothing to compare it with") as error:
+        TrainerConfig(**batch)
+    assert error.value.where == "prompts_per_update" and "at least 2" in error.value.hint
+
+
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
 def test_a_name_of_another_library_is_answered_with_the_one_to_use(name):
     for settings in (TrainerConfig, TRPOSettings, TRPO):

@@ -463,6 +463,12 @@ class TrainerConfig(ModelSettings):
                 }.items()
             },
         )
+        if self.prompts_per_update * self.completions_per_prompt < 2:
+            raise TrpoLMError(
+                "an update of one completion has nothing to compare it with, and would be skipped",
+                where="prompts_per_update",
+                hint="sample at least 2: as many prompts an update as memory and patience allow",
+            )
 
 
 def describe(settings: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import runs
 import tiny
 import torch
 import yaml
@@ -17,6 +16,7 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+import runs
 from trpo_lm.analysis.saved_run import evaluate, merge, open_run
 from trpo_lm.analysis.token_view import token_rows
 from trpo_lm.core.divergences import categorical_kl
@@ -201,6 +201,28 @@ def test_the_merged_model_says_what_the_policy_says_and_so_does_vanilla_peft(sce
     assert said[0] == said[1] == said[2]
     with pytest.raises(TrpoLMError, match="not empty"):
         merge(open_run(folder / "run"), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox"])
+def test_B41_an_adapter_with_a_bias_is_merged_where_the_layers_have_one(scene, tmp_path, kind):
+    """Without one, loading the merged model would drop what was put in its place."""
+    folder = scene[0]
+    tiny.build(kind).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    train(
+        tmp_path, "run", reward=str(folder / "reward"), updates=1, peft=tiny.lora(lora_bias=True),
+        eval_steps=0,
+    )  # fmt: skip
+    opened = open_run(tmp_path / "run", plain=True)
+    before = logits(opened.policy.base)
+    if kind == "llama":
+        with pytest.raises(TrpoLMError, match=r"cannot be merged: .*lora_bias.* no bias"):
+            merge(opened, tmp_path / "merged")
+        assert not (tmp_path / "merged" / "config.json").exists()
+        return
+    merge(opened, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), before, atol=1e-5)
 
 
 # ---------------------------------------------------------------- precision

@@ -425,7 +425,7 @@ def test_B30_a_token_without_an_embedding_is_named(case):
     with pytest.raises(TrpoLMError, match=f"token '{word}' has the id .* for {tiny.V} ") as error:
         Trainer(
             tiny.build(), lambda completions: [0.0] * len(completions), train,
-            TrainerConfig(prompts_per_update=1), held_out, processing_class=grown(**special),
+            TrainerConfig(prompts_per_update=2), held_out, processing_class=grown(**special),
             peft_config=tiny.lora(),
         )  # fmt: skip
     assert error.value.where == ("prompt in row 1" if word == "new" else f"{case} token")

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -12,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
     ProcessorMixin,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
@@ -343,6 +346,30 @@ def test_a_damaged_file_is_one_error(tmp_path):
     assert not isinstance(load_model(saved(tmp_path / "whole")[1]), PeftModel)
 
 
+@pytest.mark.parametrize("base", ["/moved/away", "moved/away", "org/gone", ""])
+def test_B41_an_adapter_whose_base_is_gone_says_where_its_base_is_named(
+    tmp_path, monkeypatch, base
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    adapted = get_peft_model(tiny.build(), tiny.lora())
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(TrpoLMError, match=f"'{base}'|names no base") as error:
+        load_model(str(tmp_path))
+    assert repr(str(tmp_path)) in error.value.what
+    assert str(tmp_path / "adapter_config.json") in error.value.hint
+
+
+def test_a_damaged_adapter_is_not_taken_for_a_damaged_base(tmp_path):
+    model, base = saved(tmp_path / "base")
+    adapted = get_peft_model(model, tiny.lora())
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(TrpoLMError, match=r"^adapter '.*adapter' cannot be loaded"):
+        load_model(str(tmp_path / "adapter"))
+
+
 # ---- tokenizers ----
 
 
@@ -402,6 +429,41 @@ def test_an_adapter_that_supports_no_such_layer_is_one_error(adapter):
     options = {"projection_prng_key": "x"} if adapter is VeraConfig else {"oft_block_size": 0}
     with pytest.raises(TrpoLMError, match=r"does not fit the model.*peft_config"):
         Policy(tiny.build("gpt2"), adapter(target_modules=["c_attn"], r=2, **options))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_target_modules": "out_proj"}])
+def test_B41_layers_that_a_model_does_not_take_adapters_in_are_told_with_those_it_has(settings):
+    """Mamba's kernels read two of its layers' weights themselves."""
+    config = MambaConfig(
+        vocab_size=tiny.V, hidden_size=8, num_hidden_layers=2, state_size=4, **tiny.ENDS
+    )
+    with pytest.raises(TrpoLMError, match=r"out_proj.*lora_target_modules") as error:
+        with_adapter(MambaForCausalLM(config), None, ModelSettings(**settings), seed=0)
+    assert "some of ['dt_proj', 'in_proj', 'lm_head', 'out_proj', 'x_proj']" in error.value.hint
+    settings = ModelSettings(lora_target_modules="in_proj,x_proj")
+    assert with_adapter(MambaForCausalLM(config), None, settings, seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_B41_two_active_adapters_are_refused_and_one_of_two_is_trained(tmp_path, kind):
+    base, folder = saved(tmp_path / "base", kind)
+    model = get_peft_model(base, tiny.lora(init_lora_weights=False), adapter_name="one")
+    model.add_adapter("two", tiny.lora())
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(TrpoLMError, match="2 adapters are active: one, two"):
+        Policy(model)
+    model.set_adapter("two")
+    policy = Policy(model)
+    tiny.perturb(policy, 0.3)
+    policy.save(tmp_path / "saved")
+    files = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "two" not in files
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "saved"
+    ).eval()
+    probe = policy.probe_inputs()
+    with torch.no_grad():
+        assert torch.equal(plain(**probe).logits, policy.base(**probe).logits)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat2 must have the same dtype"), KeyError("x")])

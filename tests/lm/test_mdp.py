@@ -5,6 +5,7 @@ import math
 from contextlib import suppress
 from itertools import chain
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -114,6 +115,19 @@ def test_T11_ends_come_from_the_generation_config_and_the_tokenizer():
     assert end_token_ids(model, tiny.tokenizer(eos=False)) == [5]
     model.generation_config = GenerationConfig()
     assert end_token_ids(model, tiny.tokenizer(eos=False)) == []
+
+
+@pytest.mark.parametrize(
+    "given", [[9, 5], (9, 5), torch.tensor([9, 5]), np.array([9, 5]), [np.int64(9), 5, 9]]
+)
+def test_B41_end_tokens_of_any_type_are_numbers(given):
+    model = tiny.build()
+    model.generation_config.eos_token_id = given
+    assert end_token_ids(model, tiny.tokenizer()) == [tiny.EOS, 5, 9]
+    for one in (5, torch.tensor(5), np.int64(5)):
+        model.generation_config.eos_token_id = one
+        ids = end_token_ids(model, tiny.tokenizer(eos=False))
+        assert ids == [5] and type(ids[0]) is int
 
 
 def test_T09_an_empty_completion_has_length_one_and_a_reward():
@@ -364,6 +378,26 @@ def test_K02_what_the_model_ships_and_training_ignores_is_told():
     assert ignored_sampling(policy.base) == {}
     policy.base.generation_config.update(top_k=5, top_p=0.5, repetition_penalty=1.3)
     assert ignored_sampling(policy.base) == {"top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"suppress_tokens": [4]}, {"begin_suppress_tokens": [4]}, {"bad_words_ids": [[5]]},
+        {"forced_eos_token_id": 2}, {"min_new_tokens": 2}, {"min_p": 0.1}, {"stop_strings": "w1"},
+        {"sequence_bias": [[[4], -9.0]]}, {"exponential_decay_length_penalty": (2, 1.1)},
+        {"no_repeat_ngram_size": 2},
+    ],
+)  # fmt: skip
+def test_B41_a_setting_that_changes_the_distribution_is_told_and_changes_nothing(setting):
+    one, two = tiny.policy(), tiny.policy()
+    two.base.generation_config.update(**setting)
+    assert ignored_sampling(two.base) == setting
+    drawn = [
+        tiny.mdp(length=8).rollout(p, tiny.PROMPTS, completions_per_prompt=4, seed=(3,))
+        for p in (one, two)
+    ]
+    assert torch.equal(drawn[0].input_ids, drawn[1].input_ids)
 
 
 # ---- texts ----

@@ -278,7 +278,13 @@ def merge(run: FinishedRun, out: str | Path) -> None:
     probe_text = policy.probe_inputs()
     with torch.no_grad():
         before = policy.base(**probe_text).logits.float()
-        model: Any = policy.model.merge_and_unload()
+        try:
+            model: Any = policy.model.merge_and_unload()
+        except Exception as error:  # each kind of adapter has its own for what cannot be merged
+            raise TrpoLMError(
+                f"the adapter cannot be merged: {first_line(error)}", where=str(run.folder),
+                hint="keep the adapter: peft loads it",
+            ) from error  # fmt: skip
         gap = float((model(**probe_text).logits.float() - before).abs().max())
     if gap > 1e-4 * float(before.abs().max()):
         raise RunFault(

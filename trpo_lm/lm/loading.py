@@ -67,17 +67,18 @@ def load_model(
     options |= _quantisation(settings, options["dtype"], place)
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
+    adapter = None
     try:
-        if not (Path(name) / "adapter_config.json").is_file():
-            return _base(name, options, plain, loaded)
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-        if not base:  # else a hub would be asked for a model called None
+        if (Path(name) / "adapter_config.json").is_file():
+            adapter, name = name, PeftConfig.from_pretrained(name).base_model_name_or_path or ""
+        if not name:  # else a hub would be asked for a model called None
             raise ValueError("adapter_config.json names no base")
-        return _adapted(_base(base, options, plain, loaded), name)
+        base = _base(name, options, plain, loaded)
     except TrpoLMError:
         raise
     except Exception as error:  # whatever transformers, safetensors or a kernel may raise
-        raise _unloadable(name, settings, error) from error
+        raise _unloadable(name, settings, error, adapter) from error
+    return base if adapter is None else _adapted(base, adapter)
 
 
 def load_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -187,9 +188,16 @@ def _plain(model: Any) -> PreTrainedModel:
 def _adapted(base: PreTrainedModel, folder: str) -> PeftModel:
     """Put an adapter whose file holds all its weights on its base."""
     require_safetensors(folder, "peft.AutoPeftModelForCausalLM")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    except Exception as error:  # whatever peft or safetensors may raise
+        raise TrpoLMError(
+            f"adapter {folder!r} cannot be loaded: {first_line(error)}", where="model",
+            hint="give a folder that PeftModel.save_pretrained wrote, with "
+            "adapter_model.safetensors",
+        ) from error  # fmt: skip
 
 
 def require_safetensors(folder: str, loader: str) -> None:
@@ -213,8 +221,10 @@ def require_safetensors(folder: str, loader: str) -> None:
         )
 
 
-def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLMError:
-    """Return the error for a model that cannot be loaded."""
+def _unloadable(
+    name: str, settings: ModelSettings, error: Exception, adapter: str | None
+) -> TrpoLMError:
+    """Return the error for a model, or for the base of an adapter, that cannot be loaded."""
     text = first_line(error)
     kernels = settings.attn_implementation
     if kernels is not None and ("attn" in text or "attention" in text.lower()):
@@ -226,6 +236,12 @@ def _unloadable(name: str, settings: ModelSettings, error: Exception) -> TrpoLME
         )
     offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name)
     reason = " not found locally and HF_HUB_OFFLINE=1" if offline else " cannot be loaded"
+    if adapter is not None:
+        return TrpoLMError(
+            f"the base {name!r} of adapter {adapter!r}{reason}: {text}", where="model",
+            hint=f"set base_model_name_or_path in {Path(adapter, 'adapter_config.json')} to where "
+            "the base is",
+        )  # fmt: skip
     return TrpoLMError(
         f"model {name!r}{reason}: {text}",
         where="model",
@@ -298,6 +314,12 @@ def require_single_device(model: torch.nn.Module) -> None:
         )
 
 
+def context_length(config: Any) -> int | None:
+    """Return the longest sequence a model of this config can read; None if it sets no limit."""
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return min((n for n in limits if isinstance(n, int) and n > 0), default=None)  # some say -1
+
+
 def default_lora(settings: ModelSettings | None = None) -> LoraConfig:
     """Return the LoRA of the settings, or of their defaults; no dropout."""
     settings = settings or ModelSettings()
@@ -345,6 +367,14 @@ def with_adapter(
                 "the model already has an adapter", where="peft_config",
                 hint="pass peft_config=None to train the adapter that came with the model",
             )  # fmt: skip
+        if len(model.active_adapters) != 1:
+            raise TrpoLMError(
+                f"{len(model.active_adapters)} adapters are active: "
+                f"{', '.join(model.active_adapters)}; one is trained, on a base without others",
+                where="model",
+                hint="activate one with model.set_adapter(name), after merging others into the "
+                "base if they belong to it: model.merge_and_unload(adapter_names=[...])",
+            )
         saved = get_peft_model_state_dict(model, adapter_name=str(model.active_adapter))
         held = {tensor.data_ptr() for tensor in saved.values()}
         for p in model.parameters():
@@ -353,7 +383,7 @@ def with_adapter(
         return model
     for p in model.parameters():
         p.requires_grad_(False)
-    device = next(model.parameters()).device
+    device, targets = next(model.parameters()).device, linear_module_names(model)
     try:
         with global_seed(seed, "adapter", device=device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
@@ -363,8 +393,8 @@ def with_adapter(
         raise TrpoLMError(
             f"the adapter does not fit the model: {first_line(error)}",
             where="peft_config" if peft_config is not None else "lora_target_modules",
-            hint="give a PeftConfig, as LoraConfig; its target_modules can be 'all-linear' or any "
-            f"of {linear_module_names(model)}",
+            hint="give a PeftConfig, as LoraConfig; its target_modules can be 'all-linear' or, "
+            f"where the model does not take that, some of {targets}",
         ) from error
 
 

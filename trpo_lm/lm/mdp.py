@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -49,6 +50,16 @@ NEUTRAL_SAMPLING: dict[str, bool | int | float] = {
     "min_length": 0,
     "renormalize_logits": False,
 }
+
+
+# The settings of a generation config that change no distribution, or that a run has its own for.
+FOLLOWED = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+    "transformers_version", "do_sample", "num_beams", "temperature",
+    "max_length", "max_new_tokens", "num_return_sequences",
+    "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -356,17 +367,16 @@ def _token_rewards(scores: RewardBatch, lengths: Tensor, T: int) -> Tensor:
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Return every id that ends a completion, by the generation config or the tokenizer."""
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    ids = eos if isinstance(eos, list) else [eos]
-    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+    given = getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id
+    return sorted({int(i) for ids in given if ids is not None for i in np.ravel(ids)})
 
 
 def ignored_sampling(model: Any) -> dict[str, Any]:
     """Return the sampling settings of the model's generation config that training ignores."""
     shipped = getattr(model.generation_config, "to_diff_dict", dict)()
     return {
-        name: shipped[name]
-        for name, neutral in NEUTRAL_SAMPLING.items()
-        if name not in ("do_sample", "num_beams")
-        and shipped.get(name, neutral) not in (neutral, None)
-    }
+        name: value
+        for name, value in shipped.items()
+        if name not in FOLLOWED and not name.startswith("_")
+        and value not in (NEUTRAL_SAMPLING.get(name), None)
+    }  # fmt: skip

@@ -58,6 +58,7 @@ from trpo_lm.lm.examination import (
     stages_agree,
 )
 from trpo_lm.lm.loading import (
+    context_length,
     is_quantized,
     load_model,
     require_no_loading,
@@ -169,8 +170,7 @@ class Policy:
     @property
     def context_length(self) -> int | None:
         """Longest sequence the model can read; None if its config sets no limit."""
-        config = self.base.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return context_length(self.base.config.get_text_config())
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -381,7 +381,12 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write adapter_model.safetensors and adapter_config.json, loadable by peft alone."""
-        self.model.save_pretrained(str(folder), safe_serialization=True)
+        name = str(self.model.active_adapter)
+        self.model.save_pretrained(str(folder), selected_adapters=[name])
+        if name != "default":  # peft makes a folder of that name
+            for file in (folder / name).iterdir():
+                file.replace(folder / file.name)
+            (folder / name).rmdir()
 
     def load(self, tensors: dict[str, Tensor], *, where: str) -> None:
         """Set theta to a saved adapter; the reference does not change.

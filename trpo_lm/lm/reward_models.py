@@ -77,7 +77,12 @@ class RewardModel:
     ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from trpo_lm.lm.loading import REPORTED, as_tokenizer, require_safetensors
+        from trpo_lm.lm.loading import (
+            REPORTED,
+            as_tokenizer,
+            context_length,
+            require_safetensors,
+        )
 
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
@@ -115,8 +120,8 @@ class RewardModel:
                 hint="set tokenizer.bos_token or tokenizer.eos_token and pass the tokenizer as "
                 "processing_class",
             )
-        limits = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
-        limits = [n for n in (*limits, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
+        limits = context_length(config), tokenizer.model_max_length
+        limits = [n for n in limits if isinstance(n, int) and n > 0]
         self.max_length = min([*limits, *_positions_behind_padding(self.model)], default=2**31)
         head = getattr(self.model, "score", None)
         self._head = head if isinstance(head, torch.nn.Module) else None

@@ -36,6 +36,7 @@ from trpo_lm.errors import TrpoLMError, first_line
 from trpo_lm.lm.critic import make_critic
 from trpo_lm.lm.loading import (
     as_tokenizer,
+    context_length,
     is_quantized,
     load_dtype,
     load_tokenizer,
@@ -359,7 +360,7 @@ def _measure(
         width=text.hidden_size if linear_head else text.vocab_size,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", None),
+        context=context_length(text),
         layers=layers,
         exact=quantised is None and kernels in (*FUSED, "eager"),
         costs=_costs(adapted, base, text, linear_head=linear_head, layers=layers, args=args),
@@ -444,10 +445,10 @@ def _costs(
         graphs["recomputed"] = checkpointed
     try:
         plain(8)
-        context = getattr(config, "max_position_embeddings", None)
         return measured_costs(
-            graphs, adapted.parameters(), longest=context, layers=layers, cached=cached[0]
-        )
+            graphs, adapted.parameters(), longest=context_length(config), layers=layers,
+            cached=cached[0],
+        )  # fmt: skip
     except Exception as error:  # a model without such a cache may raise anything
         raise TrpoLMError(
             f"{type(base).__name__} cannot be measured without its weights: "
