@@ -1,13 +1,29 @@
 """Passes in stages against plain passes: the same outputs, gradients, products and samples."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoConfig,
+    MistralConfig,
+    Qwen2Config,
+    Starcoder2Config,
+)
 
+from trpo_lm.core.divergences import token_logprobs
+from trpo_lm.errors import RunFault
+from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rollout import Batch, micro_batches
 from trpo_lm.lm.shared_prefixes import common_length, padded_tokens, share_prefixes
+from trpo_lm.training.metrics import check_old_policy
+from trpo_lm.training.ranks import Ranks
+from trpo_lm.training.stages import Stages
 
 SYSTEM = "w0 w1 w2 w3 w4 w5"
 CHAT = [f"{SYSTEM} w6", f"{SYSTEM} w7 w8 w6", f"{SYSTEM} w8", SYSTEM]
@@ -58,7 +74,9 @@ def test_stages_change_no_output_and_no_gradient(kind, each, prompts):
 def test_prompts_that_are_computed_once_lead_to_the_same_samples(kind, each, prompts):
     policy = tiny.policy(kind, dtype=torch.float64, spread=0.3)
     mdp, calls, cached = tiny.mdp(length=5), [], policy.prompt_cache
-    policy.prompt_cache = lambda *inputs: calls.append(cached(*inputs)) or calls[-1]
+    policy.prompt_cache = lambda *inputs, **follow: (
+        calls.append(cached(*inputs, **follow)) or calls[-1]
+    )
     a, b = both(policy, lambda: mdp.rollout(policy, prompts, completions_per_prompt=each))
     assert calls[1] is None and (calls[0] is not None or (each == 1 and len(prompts) != 4))
     assert torch.equal(a.input_ids, b.input_ids) and a.completions == b.completions
@@ -74,6 +92,54 @@ def test_a_model_whose_stages_differ_is_run_in_plain_passes(monkeypatch):
     monkeypatch.setattr(model.model, "forward", deaf)
     assert not tiny.policy(model=model).shares_prefixes
     assert tiny.policy("llama").shares_prefixes
+
+
+def windowed(kind):
+    """Models whose attention sees 4 tokens, in one layer or in both."""
+    sizes = {**tiny.LETTERS, **tiny.ENDS, **tiny.ROTARY}
+    neo = {
+        "vocab_size": tiny.V, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "window_size": 4,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64, **tiny.ENDS,
+    }  # fmt: skip
+    configs = {
+        "mistral": lambda: MistralConfig(**sizes, sliding_window=4),
+        "qwen2": lambda: Qwen2Config(
+            **sizes, use_sliding_window=True, sliding_window=4, max_window_layers=1
+        ),
+        "gemma2": lambda: Gemma2Config(**sizes, head_dim=4, sliding_window=4),
+        "starcoder2": lambda: Starcoder2Config(**sizes, sliding_window=4),
+        "gpt_neo": lambda: GPTNeoConfig(**neo, initializer_range=0.35),
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(configs[kind]()).eval()
+
+
+WINDOWED = ["mistral", "qwen2", "gemma2", "starcoder2", "gpt_neo"]
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_B08_padding_between_tokens_takes_no_room_in_a_window(kind):
+    policy = Policy(windowed(kind), tiny.lora())
+    tiny.perturb(policy, 0.3)
+    assert policy.shares(4) and not policy.shares(5)
+    batch = tiny.batch(policy, prompts=CHAT, each=2, micro_batch_tokens=10**6)
+    logits = tiny.own_logits(policy, batch.rollout).log_softmax(-1)
+    measured = batch.old_logprobs
+    torch.testing.assert_close(
+        measured, token_logprobs(logits, batch.actions), atol=1e-4, rtol=1e-4
+    )
+    check_old_policy(policy, batch, Ranks(60.0, Stages()))
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_B08_a_window_that_no_one_knows_of_ends_the_run_in_update_1(kind):
+    policy, ranks = Policy(windowed(kind), tiny.lora()), Ranks(60.0, Stages())
+    policy._window = None
+    batch = tiny.batch(policy, prompts=CHAT, each=2, micro_batch_tokens=10**6)
+    measured = batch.rollout.padded(batch.old_logprobs)[:8]
+    consistent = replace(batch, rollout=replace(batch.rollout, drawn_logprobs=measured))
+    with pytest.raises(RunFault, match=r"in a pass over whole rows are .* nats from those measur"):
+        check_old_policy(policy, consistent, ranks)
 
 
 def test_recomputed_layers_run_in_plain_passes():

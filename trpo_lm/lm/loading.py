@@ -35,6 +35,11 @@ from trpo_lm.seeds import global_seed
 
 # How files are read: no code in them, and what they lack is reported.
 REPORTED = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+# Under which names configs keep the tokens that attention sees; some layers or all.
+WINDOWS = (
+    "sliding_window", "sliding_window_size", "window_size", "attention_window_size",
+    "attention_chunk_size",
+)  # fmt: skip
 HALF = (torch.bfloat16, torch.float16)
 _SAFE = {"trust_remote_code": False}  # False, unlike None, also never asks on the terminal
 
@@ -318,6 +323,12 @@ def context_length(config: Any) -> int | None:
     """Return the longest sequence a model of this config can read; None if it sets no limit."""
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     return min((n for n in limits if isinstance(n, int) and n > 0), default=None)  # some say -1
+
+
+def attention_window(config: Any) -> int | None:
+    """Return how many tokens back the shortest-sighted layer sees; None if all see everything."""
+    sizes = [getattr(config, name, None) for name in WINDOWS]
+    return min((n for n in sizes if isinstance(n, int) and n > 0), default=None)
 
 
 def default_lora(settings: ModelSettings | None = None) -> LoraConfig:

@@ -298,7 +298,7 @@ class TokenMDP:
             pad_token_id=self.pad_token_id,
         )
         shipped, policy.base.generation_config = policy.base.generation_config, config
-        computed = policy.prompt_cache(ids, mask)
+        computed = policy.prompt_cache(ids, mask, follow=self.max_completion_length)
         cache, ids, mask = computed or (None, ids, mask)
         watch = _Watch(policy.temperature)
         known = {} if cache is None else {policy.cache_argument: cache}

@@ -58,6 +58,7 @@ from trpo_lm.lm.examination import (
     stages_agree,
 )
 from trpo_lm.lm.loading import (
+    attention_window,
     context_length,
     is_quantized,
     load_model,
@@ -147,6 +148,7 @@ class Policy:
         self._activations = elementwise_modules(self.base)
         self.head: torch.nn.Linear | None = None
         self.shares_prefixes = False
+        self._window = attention_window(self.base.config.get_text_config())
         self._examine()
         weights = sum(p.nbytes for p in self.model.parameters())
         budget = SHARE * (device_memory(self.device) - weights)
@@ -207,7 +209,7 @@ class Policy:
             the identity; both row by row.
         """
         shared, self.passes[0] = None, self.passes[0] + len(input_ids)
-        if self.shares_prefixes and not self._recompute:
+        if self.shares(input_ids.shape[1]) and not self._recompute:
             shared = share_prefixes(input_ids, attention_mask, state_mask)
         if shared is None:
             mask = attention_mask.to(self.device)
@@ -219,13 +221,24 @@ class Policy:
         hidden, features = (torch.cat(p)[order] for p in zip(*parts, strict=True))
         return hidden.detach(), features
 
+    def shares(self, tokens: int) -> bool:
+        """Return whether what rows of so many tokens begin with is computed once.
+
+        Rows of several lengths then have padding between their tokens, which takes up room in the
+        window of a model whose attention sees only the latest ones.
+        """
+        return self.shares_prefixes and (self._window is None or tokens <= self._window)
+
     @torch.no_grad()
-    def prompt_cache(self, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor, Tensor] | None:
+    def prompt_cache(
+        self, ids: Tensor, mask: Tensor, *, follow: int
+    ) -> tuple[DynamicCache, Tensor, Tensor] | None:
         """Return keys and values of prompts but for their last token, each computed once.
 
         Args:
             ids: Prompts, left-padded, (n, P).
             mask: 1 at real tokens, (n, P).
+            follow: Tokens that will follow, at most.
 
         Returns:
             The cache, and ids and mask of the prompts as they lie in it, padding after what they
@@ -233,7 +246,7 @@ class Policy:
         """
         states = torch.zeros_like(mask, dtype=torch.bool)
         states[:, -2:-1] = mask[:, -2:-1].bool()
-        if not self.shares_prefixes:
+        if not self.shares(ids.shape[1] + follow):
             return None
         shared = share_prefixes(ids[:, :-1], mask[:, :-1], states[:, :-1])
         if shared is None:

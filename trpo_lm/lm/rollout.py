@@ -235,7 +235,8 @@ def micro_batches(
     """
     lengths = rollout.attention_mask.sum(-1)
     size = policy.room.tokens(phase, int(lengths.max()), int(lengths.sum()))
-    shared = policy.shares_prefixes and not (phase == "gradient" and policy.recomputes)
+    shared = policy.shares(rollout.input_ids.shape[1])
+    shared = shared and not (phase == "gradient" and policy.recomputes)
     for part in rollout.micro_batches(size, rows, shared=shared):
         yield part, rollout.token_index(part)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trpo_lm.core.advantages import EQUAL
+from trpo_lm.core.divergences import token_logprobs
 from trpo_lm.errors import RunFault
 from trpo_lm.lm.examination import shortest_number
 from trpo_lm.lm.objective import BatchObjective
@@ -213,8 +214,9 @@ def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
     """Check that D == 0, and so ratio == 1, at theta_old, and that this policy was sampled from.
 
     Raises:
-        RunFault: If two passes of the same policy differ (dropout, other noise), or if the
-            log-probabilities with which actions were drawn are not those measured.
+        RunFault: If two passes of the same policy differ (dropout, other noise), or if, in the
+            first completions, the log-probabilities of the actions when they were drawn, or in a
+            pass over whole rows, are not those measured.
     """
     objective = BatchObjective(policy, batch, None, ranks.reduce)
     kl = objective.measure().kl * objective.N  # of all completions together
@@ -225,18 +227,37 @@ def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
             hint="something in the model is random or changes between passes (dropout, noise)",
         )
     r, drawn = batch.rollout, batch.rollout.drawn_logprobs
-    if drawn is not None:
-        mask = r.action_mask[: len(drawn)]
-        gap = (r.padded(batch.old_logprobs).cpu()[: len(drawn)] - drawn)[mask].double().abs()
-        apart, _ = ranks.mean(gap)
+    if drawn is None:
+        return
+    first = r.action_mask[: len(drawn)]
+    measured = r.padded(batch.old_logprobs).cpu()[: len(drawn)][first]
+    others = {
+        "when they were drawn": drawn[first],
+        "in a pass over whole rows": _row_by_row(policy, r, len(drawn)),
+    }
+    for when, found in others.items():
+        apart, _ = ranks.mean((measured - found).double().abs())
         if not apart <= DRAWN[shortest_number(policy.base)]:
             raise RunFault(
-                f"actions were sampled with log-probabilities that are {apart:.2g} nats from those "
+                f"the log-probabilities of actions {when} are {apart:.2g} nats from those "
                 "measured, a token",
                 where="first update",
-                hint=f"{type(policy.base).__name__}.generate computes another distribution than "
-                "the model does (a cache, the attention mask); choose a model of another family",
+                hint=f"{type(policy.base).__name__} computes another distribution with a key-value "
+                "cache (the attention mask, positions, a window); choose a model of another family",
             )
+
+
+@torch.no_grad()
+def _row_by_row(policy: Policy, rollout: Rollout, count: int) -> Tensor:
+    """Return log pi(a_t|s_t) of the first completions, each in a pass of its own, (S',)."""
+    found = []
+    for row in range(count):
+        rows = torch.tensor([row])
+        features = policy.features(*rollout.model_inputs(rows))
+        actions = rollout.actions[rollout.token_index(rows)].to(policy.device)
+        for s in policy.chunks(len(actions)):
+            found.append(token_logprobs(policy.logprobs(features[s]), actions[s]).cpu())
+    return torch.cat(found)
 
 
 def times(seconds: Mapping[str, float], *, scoring: float) -> dict[str, float]:
