@@ -23,7 +23,16 @@ import transformers
 from datasets import Dataset, IterableDataset
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel, VeraConfig
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import PreTrainedTokenizerFast as Fast
@@ -50,6 +59,8 @@ WIDTH = {
 }  # fmt: skip
 GROUPED = {**WIDTH, "num_key_value_heads": 2}
 HEADS = {**GROUPED, "head_dim": 8}
+WINDOW = {"sliding_window": 6}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GPT = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT,
     "initializer_range": 0.2,
@@ -65,11 +76,32 @@ MODELS = {
     },
     "gpt_neox": WIDTH,
     "llama": GROUPED,
-    "mistral": {**GROUPED, "sliding_window": 6},
+    "mistral": {**GROUPED, **WINDOW},
     "mixtral": {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1},
     "qwen2": GROUPED,
     "qwen3": HEADS,
-    "gemma2": {**HEADS, "sliding_window": 6},
+    "qwen2_moe": {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**HEADS, **EXPERTS},
+    "gpt_oss": {**HEADS, **WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma": HEADS,
+    "gemma2": {**HEADS, **WINDOW},
+    "gemma3_text": {**HEADS, **WINDOW, "sliding_window_pattern": 2},
+    "phi3": {**GROUPED, **WINDOW},
+    "cohere2": {**GROUPED, **WINDOW},
+    "olmo3": {**GROUPED, **WINDOW},
+    "exaone4": {**GROUPED, **WINDOW},
+    "smollm3": GROUPED,
+    "glm": HEADS,
+    "glm4": HEADS,
+    "nemotron": GROUPED,
+    "bitnet": GROUPED,
+    "persimmon": WIDTH,
+    "ctrl": {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
+    "xglm": {
+        "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+    },
+    "openai-gpt": GPT,
     "phi": {**WIDTH, "num_key_value_heads": 4},
     "stablelm": GROUPED,
     "olmo2": GROUPED,
@@ -82,6 +114,22 @@ MODELS = {
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
     "biogpt": WIDTH,
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "jamba": {
+        **GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+        "use_mamba_kernels": False, "mamba_d_state": 4,
+    },
+    "llama4_text": {
+        **HEADS, "attention_chunk_size": 6, "intermediate_size_mlp": 48, "num_local_experts": 2,
+        "no_rope_layers": [1, 0],
+    },
+    # These read padding or see the future.
+    "bert": WIDTH,
+    "roberta": WIDTH,
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    "rwkv": {
+        "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2,
+        "intermediate_size": 48,
+    },
 }  # fmt: skip
 DTYPES = ["float32", "float32", "bfloat16"]
 
@@ -252,7 +300,11 @@ def infinite(completions):
 
 
 def huge(completions):
-    return [1e99 * x for x in by_text(completions)]
+    return [1e13 * x for x in by_text(completions)]
+
+
+def overflowing(completions):
+    return [1e30 * (1 + x) for x in by_text(completions)]
 
 
 def tiny_differences(completions):
@@ -292,10 +344,10 @@ def with_answer(completions, answer):
 REWARDS = {
     f.__name__: f
     for f in (by_text, by_token, constant, sometimes, never, not_a_number, infinite, huge,
-              tiny_differences, raises, too_few, greedy, on_prefixes, with_answer)
+              overflowing, tiny_differences, raises, too_few, greedy, on_prefixes, with_answer)
 }  # fmt: skip
 USUAL = ["by_text", "by_token", "on_prefixes", "gpt2 model", "greedy"]  # drawn more often
-UNUSABLE = {"not_a_number", "infinite", "raises", "too_few"}
+UNUSABLE = {"not_a_number", "infinite", "overflowing", "raises", "too_few"}
 JUDGES = {
     "gpt2 model": ("gpt2", GPT),
     "llama model": ("llama", GROUPED),
@@ -331,6 +383,7 @@ ADAPTERS = {
     "dora": lambda: lora(r=2, use_dora=True),
     "rslora": lambda: lora(r=4, use_rslora=True),
     "bias": lambda: lora(r=2, bias="lora_only"),
+    "lora bias": lambda: lora(r=2, lora_bias=True),
     "gaussian": lambda: lora(r=2, init_lora_weights="gaussian"),
     "head": lambda: lora(r=2, target_modules=["lm_head"]),
     "saved head": lambda: lora(r=2, modules_to_save=["lm_head"]),
@@ -343,6 +396,9 @@ ADAPTERS = {
         task_type="CAUSAL_LM", target_modules="all-linear", feedforward_modules=[]
     ),
 }
+
+CAME = {"came": "default", "came with a name": "other"}  # with the model, under these names
+
 
 # ---------------------------------------------------------------- settings
 
@@ -389,7 +445,7 @@ RUNS = st.fixed_dictionaries(
         "columns": st.sampled_from(sorted(COLUMNS)),
         "source": st.sampled_from(SOURCES),
         "reward": st.sampled_from([*sorted([*REWARDS, *JUDGES]), *2 * USUAL]),
-        "adapter": st.sampled_from(sorted(ADAPTERS)),
+        "adapter": st.sampled_from(sorted([*ADAPTERS, *CAME])),
         "algorithm": st.sampled_from(sorted(ALGORITHMS)),
         "settings": SETTINGS,
     }
@@ -414,14 +470,23 @@ def build(run, folder):
     if run["columns"] == "objects" and source in ("dataset", "stream"):
         source = "rows"  # they hold no such thing
 
+    def model():
+        made = copy.deepcopy(base)
+        if run["adapter"] not in CAME:
+            return made
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            adapter = lora(r=2, init_lora_weights=False)
+            return get_peft_model(made, adapter, adapter_name=CAME[run["adapter"]])
+
     def make():
         return Trainer(
-            copy.deepcopy(base),
+            model(),
             reward(run["reward"]),
             data(source, rows, folder),
             TrainerConfig(output_dir=str(folder / "run"), save_steps=0, **run["settings"]),
             processing_class=tokenizer(*(run[name] for name in TOKENIZER)),
-            peft_config=ADAPTERS[run["adapter"]](),
+            peft_config=ADAPTERS.get(run["adapter"], lambda: None)(),
             algorithm=ALGORITHMS[run["algorithm"]](),
             display=Silent(),
             plots=False,

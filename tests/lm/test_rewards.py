@@ -613,21 +613,21 @@ def test_B63_what_is_no_number_is_refused_with_its_sample(result, message):
 
 
 @pytest.mark.parametrize(
-    "value", [1e308, -1e160, 10**400, Decimal("1e200"), [1e150]], ids=lambda v: type(v).__name__
+    "value", [1e308, -1e16, 10**400, Decimal("1e200"), [1e15]], ids=lambda v: type(v).__name__
 )
-def test_B56_finite_means_finite_through_sums_and_squares(value):
+def test_B56_finite_means_finite_through_gradients_and_squares(value):
     def f(completions):
         return [0.0, value if not isinstance(value, list) else value * 2, 0.0, 0.0]
 
     with pytest.raises(RunFault, match=r"reward 'f' returned .* for sample 1 \(prompt 'w3'\)"):
         score(f)
-    with pytest.raises(RunFault, match=r"reward 'g' returned 1e\+60, which.* for sample 0"):
+    with pytest.raises(RunFault, match=r"reward 'g' returned 100000000.0, beyond 1e\+07, for s"):
 
         def g(completions):  # fmt: skip
-            return [1e60] * 4
+            return [1e8] * 4
 
-        score(g, reward_weights=[1e60])
-    big = score(lambda completions: [1e90, 2e90, 0.0, 0.0]).score
+        score(g, reward_weights=[1e8])
+    big = score(lambda completions: [1e14, 9e14, 0.0, 0.0]).score.float()
     assert math.isfinite(big.sum()) and math.isfinite(big.square().sum())
 
 

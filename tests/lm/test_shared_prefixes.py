@@ -82,6 +82,41 @@ def test_prompts_that_are_computed_once_lead_to_the_same_samples(kind, each, pro
     assert torch.equal(a.input_ids, b.input_ids) and a.completions == b.completions
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tokens", [30, 64, 100, 150])
+def test_groups_are_about_even_and_as_few_as_can_be(shared, tokens):
+    policy = tiny.policy("llama")
+    rollout = tiny.batch(policy, prompts=[*CHAT, "w1"], each=5).rollout
+
+    def computed(rows):
+        inputs = rollout.model_inputs(rows)
+        staged = share_prefixes(*inputs) if shared else None
+        return sum(s.input_ids.numel() for s in staged.stages) if staged else inputs[0].numel()
+
+    groups = rollout.micro_batches(tokens, shared=shared)
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(rollout)))
+    sizes = [computed(rows) for rows in groups]
+    assert max(sizes) <= tokens
+    row = max(computed(torch.tensor([i])) for i in range(len(rollout)))
+    if len(groups) > 1:  # with a tenth less there would be more of them
+        fewer = rollout.micro_batches(max(sizes) - max(row, tokens // 10), shared=shared)
+        assert len(fewer) > len(groups)
+        assert max(sizes) <= sum(sizes) / len(sizes) + 2 * row
+
+
+def test_a_row_that_begins_with_others_holds_a_share_of_what_they_computed():
+    policy = tiny.policy("llama")
+    rollout = tiny.batch(policy, prompts=[" ".join(["w1"] * 40)], each=16).rollout
+    many = rollout.micro_batches(10**4, shared=True)
+    few = rollout.micro_batches(10**4, shared=True, held=100)
+    assert [len(rows) for rows in many] == [16]
+    assert len(few) > 1
+    for rows in few:
+        longest = int(rollout.lengths[rows].max()) - 1
+        assert 41 + len(rows) * longest + (len(rows) - 1) * 41 / 5 <= 100
+    assert len(rollout.micro_batches(10**4, shared=False, held=10**4)) == 1
+
+
 def test_a_model_whose_stages_differ_is_run_in_plain_passes(monkeypatch):
     model = tiny.build("llama")
     forward = model.model.forward

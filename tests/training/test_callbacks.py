@@ -1,10 +1,12 @@
 """transformers' callbacks: what they are told, and what they may ask for."""
 
+from dataclasses import replace
+
 import pytest
-import runs
-from runs import checkpoints, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+import runs
+from runs import checkpoints, trainer
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.training.metrics import Evaluation
 
@@ -117,6 +119,28 @@ def test_B39_a_resumed_run_remembers_the_best_score(tmp_path):
     rows = made.train()
     scores.append(rows[-1]["objective/eval_score_mean"])
     assert made.callbacks.state.best_metric == max(scores)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+def test_B39_a_resumed_run_stops_where_the_uninterrupted_one_does(tmp_path, monkeypatch, first):
+    """Its patience is 2; the scores are those of updates 1 to 6."""
+    scores = [0.5, 0.4, 0.6, 0.6, 0.2, 0.9]
+    options = {"evals": runs.HELD_OUT, "eval_steps": 1, "save_steps": 1, "callbacks": Stops(2)}
+
+    def run(updates, **resume):
+        made = trainer(tmp_path, updates=updates, **options, **resume)
+        plain = made.evaluate
+
+        def scripted(**options):
+            return replace(plain(**options), score=[0.1, *scores][made.updates_done])
+
+        monkeypatch.setattr(made, "evaluate", scripted)
+        return made.train()
+
+    run(first)
+    rows = run(6, resume_from_checkpoint="auto")
+    assert [row["objective/eval_score_mean"] for row in rows] == scores[:5]
+    assert len(run(6, resume_from_checkpoint="auto")) == 5
 
 
 class Needs(TrainerCallback):

@@ -153,14 +153,17 @@ class Room:
             length: Of the longest row, tokens.
             total: Of all rows.
         """
-        fits = int(self.budget / self.costs[phase].per_token(length))
-        if phase == "rollout":
-            size = fits
-        else:
-            size = min(self.default, fits) if self.most is None else self.most
+        size = self.fits(phase, length)
+        if phase != "rollout":
+            size = min(self.default, size) if self.most is None else self.most
         size = max(length, min(size, self.limits.get(phase, size)))
         self.phase, self.asked = phase, (min(size, total), length)
         return size
+
+    def fits(self, phase: str, length: int) -> int:
+        """Return how many tokens of a phase fit in memory, in rows of at most `length`."""
+        fits = int(self.budget / self.costs[phase].per_token(length))
+        return min(fits, self.limits.get(phase, fits))
 
     def holds(self, phase: str, total: int, length: int) -> bool:
         """Return whether so many tokens fit at once, in rows of at most `length`."""

@@ -37,7 +37,7 @@ from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.reward_workers import Pool, RemoteFailure, call, collect_metric
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
-_LARGEST = 1e100  # of a reward: sums of its squares are finite
+_LARGEST = 1e15  # of a reward: gradients weighted with it, and their squares, are finite in float32
 _SIGNATURE_HINT = f"a reward takes some of {', '.join(KEYWORDS)} and the dataset's columns, by name"
 
 
@@ -446,7 +446,7 @@ class Rewards:
             bad = [x for x in entries if not abs(x) <= most]  # nan is not either
             if bad and self.on_bad_reward == "error":
                 hint = "return None to abstain, or drop such rows with on_bad_reward='skip'"
-                large = ", which is too large to be squared," * (abs(bad[0]) < math.inf)
+                large = f", beyond {most:.0e}," * (abs(bad[0]) < math.inf)
                 raise RunFault(f"{reward} returned {bad[0]!s:.40}{large} {sample}", hint=hint)
             entries = [float(x) for x in entries] if not bad else []
             one = entries[0] if entries else None

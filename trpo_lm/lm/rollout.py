@@ -6,6 +6,7 @@ reference. Masks come from lengths, never from token values: the pad token may w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,9 @@ from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompt
 from trpo_lm.lm.rewards import RewardBatch
 from trpo_lm.lm.shared_prefixes import common_prompt, padded_tokens
+
+INHERITED = 1 / 5  # of a token's memory: its keys and values, copied to each row that continues it
+EVEN = 1 / 32  # how even groups are, as a share of the tokens allowed
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,23 @@ class Rollout:
         return common_prompt(prompts)
 
     def micro_batches(
-        self, tokens: int, rows: Tensor | None = None, *, shared: bool = False
+        self,
+        tokens: int,
+        rows: Tensor | None = None,
+        *,
+        shared: bool = False,
+        held: float = math.inf,
     ) -> list[Tensor]:
         """Cut rows into groups that compute at most so many tokens each, or one row.
 
         Rows stand by length, so that little padding is computed, or by prompt, so that each prompt
-        is computed once: whichever computes fewer tokens.
+        is computed once: whichever computes fewer tokens. The groups are about even.
 
         Args:
             tokens: Of a group, padding included.
             rows: Which completions; all when None.
             shared: Whether the model computes once what the rows of a group begin with.
+            held: Tokens that fit in memory; a row that begins with others' holds a share of those.
         """
         rows = torch.arange(len(self)) if rows is None else rows
         if len(rows) == 0:
@@ -123,11 +133,28 @@ class Rollout:
             groups = self.groups[rows]
             by_group = groups.argsort(stable=True)
             orders.append(rows[by_group[longest[groups[by_group]].argsort(stable=True)]])
-        cuts = [self._cut(order, tokens, prompt, completion, shared) for order in orders]
-        return min(cuts, key=lambda cut: cut[0])[1]
+
+        def cut(most: int) -> list[Tensor]:
+            cuts = [self._cut(order, most, held, prompt, completion, shared) for order in orders]
+            return min(cuts, key=lambda cut: cut[0])[1]
+
+        parts, least = cut(tokens), tokens // 2
+        while len(parts) > 1 and tokens - least > max(1, EVEN * tokens):
+            middle = (least + tokens) // 2
+            if len(even := cut(middle)) == len(parts):
+                parts, tokens = even, middle
+            else:
+                least = middle
+        return parts
 
     def _cut(
-        self, order: Tensor, most: int, prompt: Tensor, completion: Tensor, shared: bool
+        self,
+        order: Tensor,
+        most: int,
+        held: float,
+        prompt: Tensor,
+        completion: Tensor,
+        shared: bool,
     ) -> tuple[int, list[Tensor]]:
         """Return the tokens computed, and the groups, of rows taken in order."""
         sizes, total, cost = [0], 0, 0
@@ -136,8 +163,10 @@ class Rollout:
             groups.add(int(self.groups[row]))
             P, T = max(P, int(prompt[row])), max(T, int(completion[row]))
             common = self.common if shared else 0
-            with_row = padded_tokens(sizes[-1] + 1, len(groups), common, P, T, shared=shared)
-            if sizes[-1] and with_row > most:
+            count = sizes[-1] + 1
+            with_row = padded_tokens(count, len(groups), common, P, T, shared=shared)
+            beside = INHERITED * (count * (P + T) - with_row)
+            if sizes[-1] and (with_row > most or with_row + beside > held):
                 total, sizes = total + cost, [*sizes, 0]
                 groups, P, T = {int(self.groups[row])}, int(prompt[row]), int(completion[row])
                 with_row = padded_tokens(1, 1, common, P, T, shared=shared)
@@ -237,7 +266,8 @@ def micro_batches(
     size = policy.room.tokens(phase, int(lengths.max()), int(lengths.sum()))
     shared = policy.shares(rollout.input_ids.shape[1])
     shared = shared and not (phase == "gradient" and policy.recomputes)
-    for part in rollout.micro_batches(size, rows, shared=shared):
+    held = math.inf if policy.room.most else policy.room.fits(phase, int(lengths.max()))
+    for part in rollout.micro_batches(size, rows, shared=shared, held=held):
         yield part, rollout.token_index(part)
 
 

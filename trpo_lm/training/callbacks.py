@@ -4,8 +4,8 @@ An update is a step: on_step_begin, on_step_end, on_log, on_evaluate, on_save, o
 on_train_end are called as transformers' Trainer calls them, and a callback may set the flags of
 `TrainerControl` (should_training_stop, should_save, should_evaluate, should_log). on_epoch_*,
 on_substep_end and on_optimizer_step are never called: there are no epochs and no optimiser. The
-metric of `EarlyStoppingCallback` is the held-out score. What a callback remembers itself is not in
-a checkpoint.
+metric of `EarlyStoppingCallback` is the held-out score, and a resumed run shows it those before.
+What other callbacks remember is not in a checkpoint.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Callbacks:
     ):
         callbacks = [_made(callback) for callback in _listed(callbacks)]
         evaluates = evaluates and args.eval_steps > 0
-        stops = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
-        if stops and not evaluates:
+        self._stopping = [c for c in callbacks if isinstance(c, EarlyStoppingCallback)]
+        if self._stopping and not evaluates:
             raise TrpoLMError(
                 "EarlyStoppingCallback looks at evaluations, and there are none",
                 where="callbacks", hint="give an eval_dataset, and eval_steps above 0",
@@ -159,9 +159,16 @@ class Callbacks:
         self.agree()
 
     def resumed(self, rows: Sequence[Row]) -> None:
-        """Remember the best score of the updates already made."""
+        """Remember the evaluations of the updates already made: the best, and how long ago."""
+        for callback in self._stopping:
+            callback.early_stopping_patience_counter = 0
         for row in rows:
-            self._keep_best(row.get(f"objective/{_METRIC}"), row["update"])
+            score = row.get(f"objective/{_METRIC}")
+            if score is None:
+                continue
+            for callback in self._stopping:
+                callback.on_evaluate(self._arguments, self.state, self.control, {_METRIC: score})
+            self._keep_best(score, row["update"])
 
     def _keep_best(self, score: float | None, step: int) -> None:
         best = self.state.best_metric

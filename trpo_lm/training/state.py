@@ -117,8 +117,7 @@ def from_checkpoint(
     Raises:
         TrpoLMError: If a part is missing, does not fit, or is not the one that was saved.
     """
-    name, values = str(policy.model.active_adapter), saved.state
-    stem = Path(ADAPTER).stem if name == "default" else f"{name}/{Path(ADAPTER).stem}"
+    values, stem = saved.state, Path(ADAPTER).stem
     tensors = {known: saved.tensors.get(known, {}) for known in (stem, _CRITIC, ALGORITHM)}
     if others := saved.tensors.keys() - tensors.keys():
         raise _unfit(where, f"it holds {min(others)}.safetensors, which is no part of a run")

@@ -237,7 +237,6 @@ class Trainer:
             if state is not None:
                 self._restore(state)
                 self.rows = self.archive.rows(state.update)
-                self.callbacks.resumed(self.rows)
             self.display.note(note)
             if missing := gaps(self.rows, self.updates_done):
                 self.display.note(missing)
@@ -255,6 +254,7 @@ class Trainer:
             self.display.note(note)
         self._boundary = self._snapshot()
         self.callbacks.event("on_train_begin")
+        self.callbacks.resumed(self.rows)
         return True
 
     def _loop(self) -> None:
