@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from trpo_lm.core.divergences import token_logprobs
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.lm.mdp import end_token_ids, ignored_sampling
-from trpo_lm.lm.prompts import encode_prompt
+from trpo_lm.lm.prompts import encode_prompt, encode_prompts
 from trpo_lm.lm.rewards import scores_prefixes
 from trpo_lm.lm.rollout import Batch
 
@@ -586,6 +586,17 @@ def test_B15_tools_and_template_arguments_of_settings_and_rows_reach_the_templat
         made.encode([TALK], {"tools": [7]})
     with pytest.raises(TrpoLMError, match=r"holds no JSON.*row 0"):
         made.encode([TALK], {"chat_template_kwargs": ["{"]})
+
+
+@pytest.mark.parametrize("ending", [None, "<bos> $A <eos>", "$A <eos>"])
+def test_many_prompts_become_the_tokens_of_each(ending):
+    tok = tiny.tokenizer(chat_template=CHAT)
+    if ending:
+        tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=ending, special_tokens=[("<bos>", tiny.BOS), ("<eos>", tiny.EOS)]
+        )
+    prompts = ["w1", TALK, "", "w1 <eos>", "<bos> w2 w3", TALK[:1], "w4 w5"]
+    assert encode_prompts(tok, prompts) == [encode_prompt(tok, prompt) for prompt in prompts]
 
 
 def test_T14_one_bos_whoever_writes_it():

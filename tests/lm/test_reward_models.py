@@ -409,6 +409,29 @@ def test_B10_reward_models_score_the_answer_that_was_begun_as_one_message():
     assert Rewards(reward).score_prefixes([begun], [" w3"], [["", " w3"]]) == states
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_texts_and_conversations_of_one_batch_score_as_each_does_alone(kind):
+    """A template writes its own special tokens, and a text gets the tokenizer's."""
+    reward = RewardModel(make_model(kind), make_tokenizer(template=TEMPLATE))
+    asked = [{"role": "user", "content": "w1 w2"}]
+    prompts = [asked, "w1 w2", asked, "w4"]
+    said = [
+        [{"role": "assistant", "content": "w7"}],
+        " w7",
+        *[[{"role": "assistant", "content": ""}]],
+        "",
+    ]
+    alone = [reward([p], [c])[0] for p, c in zip(prompts, said, strict=True)]
+    assert reward(prompts, said) == pytest.approx(alone, abs=1e-5)
+    prefixes = [["", "w7"], ["", " w7"], [""], ["", ""]]
+    scores = reward.score_prefixes(prompts, said, prefixes)
+    for i, row in enumerate(scores):
+        one = reward.score_prefixes(prompts[i : i + 1], said[i : i + 1], prefixes[i : i + 1])
+        assert row == pytest.approx(one[0], abs=1e-5)
+    longest = max(reward.check_prompts([p], {}) for p in prompts)
+    assert reward.check_prompts(prompts, {}) == longest
+
+
 def test_B31_a_conversation_that_the_template_of_a_reward_model_refuses_is_named_at_the_start():
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     talk = [{"role": "user", "content": "w1"}]

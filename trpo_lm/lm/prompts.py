@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
@@ -22,6 +22,7 @@ from trpo_lm.config import DatasetSettings
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.examination import ids_have_embeddings
 
+T = TypeVar("T")
 Prompt = str | list[dict[str, Any]]  # text, or messages with a role and a content
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a row gives to the chat template
@@ -550,14 +551,51 @@ def encode_prompts(
     Raises:
         TrpoLMError: If one cannot be encoded; names the row.
     """
-    rows = []
-    for i, prompt in enumerate(prompts):
+
+    def written(i: int) -> str:
+        options = template_options(columns or {}, i, template_arguments)
+        return _written(tokenizer, prompts[i], **options)
+
+    count, bare = len(prompts), [isinstance(prompt, str) for prompt in prompts]
+    texts = _by_row(written, count)
+    try:  # all at once: ten times as fast
+        encoded = tokenised(tokenizer, texts, bare)["input_ids"]
+    except Exception:  # whatever a tokenizer may raise; row by row tells which one it is
+        encoded = _by_row(lambda i: _encode(tokenizer, texts[i], add_special_tokens=bare[i]), count)
+    return _by_row(lambda i: _as_prompt(tokenizer, prompts[i], list(encoded[i])), count)
+
+
+def _by_row(work: Callable[[int], T], count: int) -> list[T]:
+    """Return the work of each row; an error names the row."""
+    done = []
+    for i in range(count):
         try:
-            options = template_options(columns or {}, i, template_arguments)
-            rows.append(encode_prompt(tokenizer, prompt, **options))
+            done.append(work(i))
         except TrpoLMError as error:
             raise TrpoLMError(error.what, where=f"prompt in row {i}", hint=error.hint) from error
-    return rows
+    return done
+
+
+def tokenised(
+    tokenizer: Any, texts: Sequence[str], bare: Sequence[bool], **options: Any
+) -> dict[str, list]:
+    """Return what a tokenizer makes of many texts, field by field.
+
+    Args:
+        tokenizer: Called once for each kind of text.
+        texts: N of them.
+        bare: Whether each gets the tokenizer's special tokens; a chat template writes its own.
+        options: Of the call.
+    """
+    fields: dict[str, list] = {}
+    for kind in sorted(set(bare)):
+        rows = [i for i, b in enumerate(bare) if b == kind]
+        out = tokenizer([texts[i] for i in rows], add_special_tokens=kind, **options)
+        for name in out:
+            column = fields.setdefault(name, [None] * len(texts))
+            for i, value in zip(rows, out[name], strict=True):
+                column[i] = value
+    return fields
 
 
 def template_options(
@@ -611,20 +649,29 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, **template_options: Any) -> li
     Raises:
         TrpoLMError: If the prompt is neither text nor messages, cannot be encoded, or has no token.
     """
-    if not isinstance(prompt, str | list):
+    text = _written(tokenizer, prompt, **template_options)
+    ids = _encode(tokenizer, text, add_special_tokens=isinstance(prompt, str))
+    return _as_prompt(tokenizer, prompt, ids)
+
+
+def _written(tokenizer: Any, prompt: Prompt, **template_options: Any) -> str:
+    """Return a prompt as text."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list):
         raise TrpoLMError(f"a prompt must be text or messages, not {type(prompt).__name__}")
-    if isinstance(prompt, list):
-        if not getattr(tokenizer, "chat_template", None):
-            raise TrpoLMError(
-                "the prompt is a conversation and the tokenizer has no chat template",
-                hint="set tokenizer.chat_template, or give prompts as plain text",
-            )
-        text = apply_template(tokenizer, prompt, open_turn=True, **template_options)
-        ids = _encode(tokenizer, text, add_special_tokens=False)
-    else:
-        ids = _encode(tokenizer, prompt)
-        if ids and ids[-1] in tokenizer.all_special_ids:
-            ids = _without_ending(ids, _encode(tokenizer, prompt, add_special_tokens=False))
+    if not getattr(tokenizer, "chat_template", None):
+        raise TrpoLMError(
+            "the prompt is a conversation and the tokenizer has no chat template",
+            hint="set tokenizer.chat_template, or give prompts as plain text",
+        )
+    return apply_template(tokenizer, prompt, open_turn=True, **template_options)
+
+
+def _as_prompt(tokenizer: Any, prompt: Prompt, ids: list[int]) -> list[int]:
+    """Return the ids of a prompt, of those of its text: one beginning of text, and no end."""
+    if isinstance(prompt, str) and ids and ids[-1] in tokenizer.all_special_ids:
+        ids = _without_ending(ids, _encode(tokenizer, prompt, add_special_tokens=False))
     bos = tokenizer.bos_token_id
     if len(ids) > 1 and ids[0] == ids[1] == bos:
         del ids[0]

@@ -28,7 +28,7 @@ from trpo_lm.lm.examination import (
     weights_are_complete,
 )
 from trpo_lm.lm.memory import fastest, is_full, rows_within
-from trpo_lm.lm.prompts import apply_template, as_turn, template_options
+from trpo_lm.lm.prompts import apply_template, as_turn, template_options, tokenised
 
 
 class RewardModel:
@@ -156,19 +156,25 @@ class RewardModel:
             TrpoLMError: Names the row that the chat template or the tokenizer refuses, or that has
                 a token without an embedding.
         """
-        rows = []
-        for i, prompt in enumerate(prompts):
-            try:
-                rows += self._encode([self._text(prompt, "text", columns, i)], [prompt])[0]
-            except Exception as error:  # whatever a tokenizer may raise
-                raise TrpoLMError(
-                    f"{getattr(error, 'what', error)} (reward model {self.__name__!r})",
-                    where=f"prompt in row {i}", hint=getattr(error, "hint", None),
-                ) from error  # fmt: skip
+        try:  # all at once: ten times as fast
+            texts = [self._text(p, "text", columns, i) for i, p in enumerate(prompts)]
+            rows, _ = self._encode(texts, prompts)
+        except Exception:  # whatever a tokenizer may raise; row by row tells which one it is
+            rows = [ids for i in range(len(prompts)) for ids in self._row(prompts, columns, i)]
         named = [(f"prompt in row {i}", ids) for i, ids in enumerate(rows)]
         named += [] if self.pad_id is None else [("pad token", [self.pad_id])]
         ids_have_embeddings(named, self.embeddings, self.tokenizer)
         return max(map(len, rows), default=0)
+
+    def _row(self, prompts: list, columns: dict[str, list], i: int) -> list[list[int]]:
+        """Return the ids of a prompt and a word after it, in a list; an error names its row."""
+        try:
+            return self._encode([self._text(prompts[i], "text", columns, i)], prompts[i : i + 1])[0]
+        except Exception as error:
+            raise TrpoLMError(
+                f"{getattr(error, 'what', error)} (reward model {self.__name__!r})",
+                where=f"prompt in row {i}", hint=getattr(error, "hint", None),
+            ) from error  # fmt: skip
 
     def logits(self, rows: list[list[int]]) -> Tensor:
         """Return the logits of each text, (n, labels) float32, on the CPU.
@@ -214,7 +220,8 @@ class RewardModel:
             rest = [t for t in range(len(row)) if t not in scores[i]]
             for t in {*rest[:: self.prefix_stride], *rest[-1:]}:
                 places.setdefault(row[t], []).append((i, t))
-        for text, score in zip(places, self._score_texts(list(places), prompts), strict=True):
+        firsts = [prompts[at[0][0]] for at in places.values()]
+        for text, score in zip(places, self._score_texts(list(places), firsts), strict=True):
             for i, t in places[text]:
                 scores[i][t] = score
         return [
@@ -276,12 +283,8 @@ class RewardModel:
             tokenizer.
         """
         tokenizer, fast = self.tokenizer, self.tokenizer.is_fast
-        out = tokenizer(
-            texts,
-            add_special_tokens=isinstance(prompts[0], str),  # a template writes its own
-            return_offsets_mapping=fast,
-            verbose=False,
-        )
+        bare = [isinstance(prompt, str) for prompt in prompts]
+        out = tokenised(tokenizer, texts, bare, return_offsets_mapping=fast, verbose=False)
         rows, bos = out["input_ids"], tokenizer.bos_token_id
         offsets = out["offset_mapping"] if fast else [[] for _ in rows]
         ends = [[end for _, end in row] for row in offsets]
