@@ -75,9 +75,13 @@ def load_model(
     adapter = None
     try:
         if (Path(name) / "adapter_config.json").is_file():
-            adapter, name = name, PeftConfig.from_pretrained(name).base_model_name_or_path or ""
-        if not name:  # else a hub would be asked for a model called None
-            raise ValueError("adapter_config.json names no base")
+            adapter, source = name, PeftConfig.from_pretrained(name).base_model_name_or_path
+            if not source:  # else a hub would be asked for a model called None
+                raise TrpoLMError(
+                    f"the adapter_config.json of {adapter!r} names no base", where="model",
+                    hint=_rename_base(adapter),
+                )  # fmt: skip
+            name = source
         base = _base(name, options, plain, loaded)
     except TrpoLMError:
         raise
@@ -244,14 +248,19 @@ def _unloadable(
     if adapter is not None:
         return TrpoLMError(
             f"the base {name!r} of adapter {adapter!r}{reason}: {text}", where="model",
-            hint=f"set base_model_name_or_path in {Path(adapter, 'adapter_config.json')} to where "
-            "the base is",
+            hint=_rename_base(adapter),
         )  # fmt: skip
     return TrpoLMError(
         f"model {name!r}{reason}: {text}",
         where="model",
         hint="give a folder that holds config.json and model.safetensors, or a hub id",
     )
+
+
+def _rename_base(adapter: str) -> str:
+    """Return how to say where the base of an adapter is."""
+    file = Path(adapter, "adapter_config.json")
+    return f"set base_model_name_or_path in {file} to where the base is"
 
 
 def as_tokenizer(given: Any) -> Any:
