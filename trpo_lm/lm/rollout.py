@@ -7,7 +7,7 @@ reference. Masks come from lengths, never from token values: the pad token may w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -133,10 +133,14 @@ class Rollout:
             groups = self.groups[rows]
             by_group = groups.argsort(stable=True)
             orders.append(rows[by_group[longest[groups[by_group]].argsort(stable=True)]])
+        spans = list(zip(self.groups.tolist(), prompt.tolist(), completion.tolist(), strict=True))
+        in_order = [[spans[row] for row in order.tolist()] for order in orders]
+        common = self.common if shared else 0
 
         def cut(most: int) -> list[Tensor]:
-            cuts = [self._cut(order, most, held, prompt, completion, shared) for order in orders]
-            return min(cuts, key=lambda cut: cut[0])[1]
+            cuts = [group_sizes(row, most, held, common, shared=shared) for row in in_order]
+            best = min(range(len(orders)), key=lambda k: cuts[k][0])
+            return list(orders[best].split(cuts[best][1]))
 
         parts, least = cut(tokens), tokens // 2
         while len(parts) > 1 and tokens - least > max(1, EVEN * tokens):
@@ -146,32 +150,6 @@ class Rollout:
             else:
                 least = middle
         return parts
-
-    def _cut(
-        self,
-        order: Tensor,
-        most: int,
-        held: float,
-        prompt: Tensor,
-        completion: Tensor,
-        shared: bool,
-    ) -> tuple[int, list[Tensor]]:
-        """Return the tokens computed, and the groups, of rows taken in order."""
-        sizes, total, cost = [0], 0, 0
-        groups, P, T = set[int](), 0, 0
-        for row in order.tolist():
-            groups.add(int(self.groups[row]))
-            P, T = max(P, int(prompt[row])), max(T, int(completion[row]))
-            common = self.common if shared else 0
-            count = sizes[-1] + 1
-            with_row = padded_tokens(count, len(groups), common, P, T, shared=shared)
-            beside = INHERITED * (count * (P + T) - with_row)
-            if sizes[-1] and (with_row > most or with_row + beside > held):
-                total, sizes = total + cost, [*sizes, 0]
-                groups, P, T = {int(self.groups[row])}, int(prompt[row]), int(completion[row])
-                with_row = padded_tokens(1, 1, common, P, T, shared=shared)
-            sizes[-1], cost = sizes[-1] + 1, with_row
-        return total + cost, list(order.split(sizes))
 
     def model_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return input_ids, attention_mask and state_mask of some rows, padding cut off."""
@@ -246,6 +224,33 @@ class Batch:
             ref_kl=ref_kl,
             actions=actions,
         )
+
+
+def group_sizes(
+    spans: Sequence[tuple[int, int, int]], most: int, held: float, common: int, *, shared: bool
+) -> tuple[int, list[int]]:
+    """Cut rows, taken in order, into groups; return the tokens computed and the groups' rows.
+
+    Args:
+        spans: Index of its prompt, tokens of the prompt and of the completion, of each row.
+        most: Tokens that a group of several rows may compute.
+        held: Tokens that it may hold.
+        common: Tokens that all prompts begin with.
+        shared: Whether what rows begin with is computed once.
+    """
+    sizes, total, cost = [0], 0, 0
+    groups, P, T = set[int](), 0, 0
+    for group, prompt, completion in spans:
+        groups.add(group)
+        P, T, count = max(P, prompt), max(T, completion), sizes[-1] + 1
+        with_row = padded_tokens(count, len(groups), common, P, T, shared=shared)
+        beside = INHERITED * (count * (P + T) - with_row)
+        if sizes[-1] and (with_row > most or with_row + beside > held):
+            total, sizes = total + cost, [*sizes, 0]
+            groups, P, T = {group}, prompt, completion
+            with_row = padded_tokens(1, 1, common, P, T, shared=shared)
+        sizes[-1], cost = sizes[-1] + 1, with_row
+    return total + cost, sizes
 
 
 def micro_batches(
