@@ -392,8 +392,8 @@ def with_adapter(
                 f"{len(model.active_adapters)} adapters are active: "
                 f"{', '.join(model.active_adapters)}; one is trained, on a base without others",
                 where="model",
-                hint="activate one with model.set_adapter(name), after merging others into the "
-                "base if they belong to it: model.merge_and_unload(adapter_names=[...])",
+                hint="activate one with model.set_adapter(name); merge what belongs to the base "
+                "first: PeftModel.from_pretrained(base, folder).merge_and_unload(), then save it",
             )
         saved = get_peft_model_state_dict(model, adapter_name=str(model.active_adapter))
         held = {tensor.data_ptr() for tensor in saved.values()}

@@ -160,16 +160,17 @@ class RewardModel:
             texts = [self._text(p, "text", columns, i) for i, p in enumerate(prompts)]
             rows, _ = self._encode(texts, prompts)
         except Exception:  # whatever a tokenizer may raise; row by row tells which one it is
-            rows = [ids for i in range(len(prompts)) for ids in self._row(prompts, columns, i)]
+            rows = [self._row(prompts, columns, i) for i in range(len(prompts))]
         named = [(f"prompt in row {i}", ids) for i, ids in enumerate(rows)]
         named += [] if self.pad_id is None else [("pad token", [self.pad_id])]
         ids_have_embeddings(named, self.embeddings, self.tokenizer)
         return max(map(len, rows), default=0)
 
-    def _row(self, prompts: list, columns: dict[str, list], i: int) -> list[list[int]]:
-        """Return the ids of a prompt and a word after it, in a list; an error names its row."""
+    def _row(self, prompts: list, columns: dict[str, list], i: int) -> list[int]:
+        """Return the ids of a prompt and a word after it; an error names its row."""
         try:
-            return self._encode([self._text(prompts[i], "text", columns, i)], prompts[i : i + 1])[0]
+            text = self._text(prompts[i], "text", columns, i)
+            return self._encode([text], prompts[i : i + 1])[0][0]
         except Exception as error:
             raise TrpoLMError(
                 f"{getattr(error, 'what', error)} (reward model {self.__name__!r})",
