@@ -1,5 +1,7 @@
 """The start-up examination: what it refuses, and that it refuses nothing that works."""
 
+import copy
+
 import pytest
 import test_reward_models as rm
 import tiny
@@ -18,13 +20,16 @@ from peft import (
 )
 from torch.nn.functional import pad
 
+import runs
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig
 from trpo_lm.core.divergences import categorical_kl
 from trpo_lm.core.fisher import softmax_curvature
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.lm import loading
 from trpo_lm.lm.examination import (
+    a_token_can_be_sampled,
     disagreement,
     every_position_has_logits,
     examination,
@@ -110,6 +115,33 @@ REWARDS = {
     "causal": GOOD["gpt2"], "tagger": OTHERS["tagger"], "masked": OTHERS["masked"],
     "headless": OTHERS["headless"], "t5": OTHERS["t5"],
 }  # fmt: skip
+
+
+# ---- passes that must be possible ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_B41_a_model_that_cannot_be_sampled_from_is_refused(dtype):
+    """What `generate` makes for XLNet is in float32 whatever its weights are in."""
+    model = FUTURE["xlnet"]().to(dtype)
+    every_position_has_logits(model)
+    if dtype == torch.float32:
+        examine(a_token_can_be_sampled, model)
+        return
+    with pytest.raises(TrpoLMError, match="'A text can be continued' ended in RuntimeError"):
+        examine(a_token_can_be_sampled, model)
+
+
+@pytest.mark.parametrize("by", ["name", "a pass"])
+def test_B41_a_row_beyond_the_limit_of_a_model_is_refused(tmp_path, monkeypatch, by):
+    """MPT's positions end at `max_seq_len`; beyond them a rollout ended raw."""
+    if by == "a pass":
+        monkeypatch.setattr(loading, "CONTEXTS", ())
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64, "vocab_size": tiny.V}
+    model = make("MptForCausalLM", "MptConfig", **sizes)
+    runs.trainer(tmp_path / "short", model=copy.deepcopy(model)).train()
+    with pytest.raises(TrpoLMError, match=r"only 59 fit|cannot read 66 tokens, the longest"):
+        runs.trainer(tmp_path / "long", model=model, data=["w1", "w1 w2 w3 w4 w5 " * 12])
 
 
 # ---- passes that must agree ----
@@ -496,4 +528,4 @@ def test_the_examination_of_a_small_model_is_cheap(kind):
     tiny.policy(kind)  # what is imported once
     with examination() as examined:
         tiny.policy(kind)
-    assert len(examined.findings) == 9 and examined.seconds < 2.0
+    assert len(examined.findings) == 10 and examined.seconds < 2.0

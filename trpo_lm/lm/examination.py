@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from trpo_lm.core.fisher import Linear, adjoint_error
 from trpo_lm.core.parameters import ParameterVector
@@ -295,6 +296,32 @@ def future_is_unseen(model: Any) -> None:
             where="model",
             hint=f"{CAUSAL}; some need is_decoder=True in their config",
         )
+
+
+def a_token_can_be_sampled(model: Any) -> None:
+    """A text can be continued."""
+    ids = probe_ids(model)
+    one = GenerationConfig(max_new_tokens=1, pad_token_id=0)
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=one)
+
+
+@torch.no_grad()
+def longest_row_can_be_read(model: Any, tokens: int) -> None:
+    """The longest row can be read by a model that sets no limit.
+
+    Args:
+        model: The causal LM.
+        tokens: Of the longest prompt and its completion.
+    """
+    try:
+        plain_pass(model, probe_ids(model, tokens))
+    except Exception as error:  # an index beyond a table, memory that is full
+        raise TrpoLMError(
+            f"{type(model).__name__} cannot read {tokens} tokens, the longest prompt and its "
+            f"completion: {_reason(error)}",
+            where="dataset",
+            hint="set max_position_embeddings in its config to what it can read",
+        ) from error
 
 
 # ---------------------------------------------------------------- the policy

@@ -35,7 +35,9 @@ from trpo_lm.seeds import global_seed
 
 # How files are read: no code in them, and what they lack is reported.
 REPORTED = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-# Under which names configs keep the tokens that attention sees; some layers or all.
+# Under which names configs keep the longest sequence, and the tokens that attention sees, in some
+# layers or all.
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")
 WINDOWS = (
     "sliding_window", "sliding_window_size", "window_size", "attention_window_size",
     "attention_chunk_size",
@@ -330,7 +332,7 @@ def require_single_device(model: torch.nn.Module) -> None:
 
 def context_length(config: Any) -> int | None:
     """Return the longest sequence a model of this config can read; None if it sets no limit."""
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    limits = [getattr(config, name, None) for name in CONTEXTS]
     return min((n for n in limits if isinstance(n, int) and n > 0), default=None)  # some say -1
 
 

@@ -45,6 +45,7 @@ from trpo_lm.core.parameters import ParameterVector
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.examination import (
     PROBE,
+    a_token_can_be_sampled,
     adapter_is_identity,
     every_position_has_logits,
     examine,
@@ -131,7 +132,8 @@ class Policy:
             model = model.to(device)  # type: ignore[arg-type]
         self.came_with_adapter = isinstance(model, PeftModel)
         self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        for check in (every_position_has_logits, rows_agree, future_is_unseen):
+        plain = every_position_has_logits, rows_agree, future_is_unseen, a_token_can_be_sampled
+        for check in plain:
             examine(check, self.base.eval())
         self.quantized = is_quantized(model)
         self.model = with_adapter(model, peft_config, settings, seed=seed)

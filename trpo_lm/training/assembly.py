@@ -20,6 +20,7 @@ from trpo_lm.lm.critic import Critic, make_critic
 from trpo_lm.lm.examination import (
     examine,
     ids_have_embeddings,
+    longest_row_can_be_read,
     longest_text_fits,
     pooling_is_its_own,
     texts_join,
@@ -215,6 +216,10 @@ def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str]
     examine(ids_have_embeddings, ends, policy.embeddings, parts.tokenizer, of="eos and pad")
     train = examine(fit, data.train, of="training")
     held_out = data.held_out and examine(fit, data.held_out, of="held out")
+    if context is None:
+        rows = [row for p in (train, held_out) if p for row in mdp.encode(p.prompts, p.columns)]
+        tokens = max(map(len, rows)) + args.max_completion_length
+        examine(longest_row_can_be_read, policy.base, tokens)
     few = Prompts(*train.take(range(min(len(train), TEXTS))))
     examine(texts_join, mdp, few.prompts, mdp.encode(few.prompts, few.columns))
     for model, prompt in zip(models, longest, strict=True):
