@@ -144,6 +144,14 @@ def test_B41_a_row_beyond_the_limit_of_a_model_is_refused(tmp_path, monkeypatch,
         runs.trainer(tmp_path / "long", model=model, data=["w1", "w1 w2 w3 w4 w5 " * 12])
 
 
+@pytest.mark.parametrize("kind, shares", [("mpt", False), ("bloom", True), ("opt", True)])
+def test_B08_padding_between_the_tokens_of_a_row_moves_none_of_them(kind, shares):
+    """MPT's attention falls with the distance in the row; BLOOM and OPT count real tokens."""
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": tiny.V}
+    model = GOOD[kind]() if shares else make("MptForCausalLM", "MptConfig", **sizes)
+    assert Policy(model).shares_prefixes is shares
+
+
 # ---- passes that must agree ----
 
 

@@ -481,13 +481,18 @@ class Policy:
         self.product_faults = {name: fault for name, fault in faults.items() if fault is not None}
 
     def _staged_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three rows, two of them alike, that begin with the same tokens."""
+        """Return three rows, two of them alike, that begin with the same tokens.
+
+        The third is shorter: where it continues them, padding stands between its tokens.
+        """
         ids = self.probe_inputs()["input_ids"].repeat(3, 1)
-        ids[2, 3:] = ids[2, 3:].flip(0)
-        ids = ids.cpu()
+        ids[2, 5:] = ids[2, 3:6].flip(0)
+        ids[2, 2:5], ids[2, :2] = ids[0, :3], 0
+        ids, mask = ids.cpu(), torch.ones_like(ids).cpu()
+        mask[2, :2] = 0
         states = torch.zeros_like(ids, dtype=torch.bool)
-        states[:, 4:-1] = True
-        return ids, torch.ones_like(ids), states
+        states[:, 5:-1] = True
+        return ids, mask, states
 
     def _probe_rows(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return one row as inputs of a pass; the latter half of its positions are states."""
