@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import runs
 import test_reward_models as rm
 import tiny
 import torch
@@ -20,7 +21,6 @@ from peft import (
 )
 from torch.nn.functional import pad
 
-import runs
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig

@@ -1,11 +1,11 @@
 """What the trainer, a reopened run and TRL's arm share: parts, prompts, settings."""
 
 import pytest
+import runs
 import tiny
 import torch
 import yaml
 
-import runs
 from trpo_lm import PPO, TRPO, TrainerConfig, TrpoLMError
 from trpo_lm.config import Limits
 from trpo_lm.lm.prompts import Prompts

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import tiny
 import torch
-
-import runs
 from runs import trainer
+
 from trpo_lm import TRPO, TrainerConfig
 from trpo_lm.analysis.saved_run import open_run
 from trpo_lm.errors import TrpoLMError
