@@ -314,7 +314,7 @@ def longest_row_can_be_read(model: Any, tokens: int) -> None:
         tokens: Of the longest prompt and its completion.
     """
     try:
-        plain_pass(model, probe_ids(model, tokens))
+        plain_pass(model.base_model, probe_ids(model, tokens))  # logits of a row may fill memory
     except Exception as error:  # an index beyond a table, memory that is full
         raise TrpoLMError(
             f"{type(model).__name__} cannot read {tokens} tokens, the longest prompt and its "

@@ -485,10 +485,10 @@ class Policy:
 
         The third is shorter: where it continues them, padding stands between its tokens.
         """
-        ids = self.probe_inputs()["input_ids"].repeat(3, 1)
+        ids = self.probe_inputs()["input_ids"].repeat(3, 1).cpu()
         ids[2, 5:] = ids[2, 3:6].flip(0)
         ids[2, 2:5], ids[2, :2] = ids[0, :3], 0
-        ids, mask = ids.cpu(), torch.ones_like(ids).cpu()
+        mask = torch.ones_like(ids)
         mask[2, :2] = 0
         states = torch.zeros_like(ids, dtype=torch.bool)
         states[:, 5:-1] = True
