@@ -20,6 +20,7 @@ from trpo_lm.core.adaptation import (
     in_reach,
     learn_radius,
     radius_inside,
+    running_rms,
 )
 from trpo_lm.core.advantages import whiten
 from trpo_lm.core.conjugate_gradient import CGSolution, conjugate_gradient
@@ -31,6 +32,7 @@ from trpo_lm.core.natural_step import (
     StepLimits,
     Update,
     constrained_update,
+    solve,
     trust_region_step,
 )
 from trpo_lm.core.parameters import ParameterVector
@@ -215,6 +217,33 @@ def test_the_step_inside_the_plane_of_both_gradients_with_truncated_solves():
         assert change <= budget - k + 1e-9
         if step.case in ("old", "both"):
             assert step.kl == pytest.approx(1e-4, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_price_of_R_comes_from_the_ray_and_enters_step_and_search(kind, monkeypatch):
+    """Slopes of L and R along theta - theta_ref by plain autograd; the step is that of L - mu R."""
+    policy = tiny.policy(kind, dtype=torch.float64, spread=0.05)
+    batch = tiny.batch(policy, each=8)
+    rule = TRPO(max_kl=0.01, max_ref_kl=2.0, fisher_completions=WIDE, damping=0.1)
+    state, start = rule.init_state(policy.parameters), policy.parameters.vector()
+    d = policy.from_reference()
+    L, _, R = tiny.plain_quantities(policy, batch)
+    g, b = (policy.parameters.gradient(x, retain=True) for x in (L, R))
+    expected = max(float(g @ d) / float(b @ d) * math.sqrt(float(R.detach()) / 2.0), 0.0)
+    if not expected:  # the made-up advantages of this batch fall along the ray
+        g = -g
+        monkeypatch.setattr(tiny, "advantages", lambda batch, old=tiny.advantages: -old(batch))
+        expected = float(g @ d) / float(b @ d) * math.sqrt(float(R.detach()) / 2.0)
+    state, row = rule.update(tiny.objective(policy, batch), state)
+    assert row["trust_region/price"] == pytest.approx(expected, rel=1e-6) and expected > 0
+    assert state.slope.weight == 1.0 and row["trust_region/case"] == "old"
+    moved = policy.parameters.vector() - start
+    policy.parameters.restore(policy.parameters.unflatten(start))
+    F = tiny.objective(policy, batch).fisher(WIDE)
+    metric = running_rms(torch.zeros_like(g), g - expected * b)[1]
+    limits = StepLimits(row["trust_region/radius"], damping=0.1, metric=metric)
+    v = solve(F, g - expected * b, limits, rule).x
+    assert relative(moved / moved.norm(), v / v.norm()) < 1e-4  # truncated: magnifies rounding
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -15,7 +15,9 @@ from trpo_lm.core.adaptation import (
     RadiusRatio,
     ReferenceFilter,
     RunningNoise,
+    Slope,
     budget_on_batch,
+    budget_price,
     in_reach,
     learn_radius,
     noise,
@@ -150,3 +152,47 @@ def test_the_budget_is_out_of_reach_only_if_no_step_can_leave_its_ball(k, max_kl
     farthest = 0.5 * (math.sqrt(2 * k) + math.sqrt(2 * max_kl)) ** 2
     assert in_reach(k, max_kl, farthest * 0.999) and in_reach(k, max_kl, farthest)
     assert not in_reach(k, max_kl, 2 * farthest) and not in_reach(k, max_kl, math.inf)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0, 1.7])
+def test_the_price_is_the_multiplier_that_the_budget_will_have(share):
+    """On L = g.x, R = 1/2 x.Fx: wherever the policy stands between reference and optimum."""
+    rng = torch.Generator().manual_seed(0)
+    A = torch.randn(8, 8, generator=rng, dtype=torch.float64)
+    F, g = A @ A.T + torch.eye(8, dtype=torch.float64), torch.randn(8, generator=rng).double()
+    K, Fg = 0.7, torch.linalg.solve(F, g)
+    multiplier = math.sqrt(float(g @ Fg) / (2 * K))
+    best = Fg / multiplier  # g = multiplier F x and 1/2 x.Fx = K
+    assert float(best @ F @ best) / 2 == pytest.approx(K)
+    x = math.sqrt(share) * best
+    b = F @ x
+    _, price = budget_price(
+        Slope(), gain=float(g @ x), rise=float(b @ x), k=float(x @ F @ x) / 2, budget=K
+    )
+    assert price == pytest.approx(multiplier)
+    idle = torch.linalg.qr(torch.stack([g, b], 1)).Q  # nats spent across g buy nothing
+    across = torch.randn(8, generator=rng).double()
+    across -= idle @ (idle.T @ across)
+    y = x + across
+    _, dearer = budget_price(
+        Slope(), gain=float(g @ y), rise=float(F @ y @ y), k=float(y @ F @ y) / 2, budget=K
+    )
+    assert dearer < price
+
+
+def test_nothing_is_charged_before_anything_is_spent_or_without_a_budget():
+    assert budget_price(Slope(), gain=0.0, rise=0.0, k=0.0, budget=1.0) == (Slope(), 0.0)
+    assert budget_price(Slope(), gain=1.0, rise=0.0, k=0.1, budget=1.0) == (Slope(), 0.0)
+    assert budget_price(Slope(), gain=1.0, rise=1.0, k=0.1, budget=math.inf)[1] == 0.0
+    past, price = budget_price(Slope(), gain=-1.0, rise=1.0, k=0.1, budget=1.0)
+    assert price == 0.0 and past.total < 0  # remembered: a mean, not a record
+
+
+def test_the_slope_is_a_mean_over_updates():
+    past, rng = Slope(), torch.Generator().manual_seed(0)
+    for _ in range(400):
+        gain = 0.5 + float(torch.randn((), generator=rng))
+        past, price = budget_price(past, gain=gain, rise=1.0, k=0.25, budget=1.0)
+    assert past.weight == pytest.approx(10.0)
+    assert price == pytest.approx(0.25, abs=0.4)  # a single update's: 0.5 of standard deviation
+    assert price == pytest.approx(past.total / past.weight / 2)

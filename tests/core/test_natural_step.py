@@ -155,6 +155,19 @@ def test_a_product_that_is_not_finite_leaves_the_parameters_alone():
     assert not update.search.accepted and torch.equal(z.detach(), torch.zeros(4).double())
 
 
+@pytest.mark.parametrize(("price", "accepted"), [(0.0, True), (0.4, True), (0.6, False)])
+def test_a_step_must_gain_what_its_reference_kl_costs(price, accepted):
+    z = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    g = torch.full((4,), 1e-3, dtype=torch.float64)
+    limits = StepLimits(0.01, ref_kl=0.1, budget=1.0, price=price)
+    update = constrained_update(
+        ParameterVector([z]), g, None, lambda v: v, lambda: Measurement(0.1, 0.001, 0.3),
+        limits, TRPOSettings(max_kl=0.01, max_ref_kl=1.0),
+    )  # fmt: skip
+    assert update.search.accepted == accepted
+    assert update.search.trial.gain == pytest.approx(0.1 - price * 0.2)
+
+
 def flawed(flaw, at):
     """A diagonal Fisher whose product number `at` (from 1) is not what it should be."""
     calls = []

@@ -5,7 +5,7 @@
     R(theta) = E_{y ~ pi_theta}[ sum_t KL(pi_theta ‖ pi_ref) ]     exact per state
     step     = argmax g.x   s.t.  1/2 x.Fx <= max_kl,  k + b.x + 1/2 x.Fx <= max_ref_kl
 
-with g = grad L, b = grad R, k = R, F = Hessian of D, all at theta_old. E is the mean over
+with g = grad (L - price R), b = grad R, k = R, F = Hessian of D, all at theta_old. E is the mean over
 completions of a sum over their tokens. `TRPO.update` reads in that order: `lm/objective.py` works
 the quantities out on a batch, `core/adaptation.py` says how far to trust them, and
 `core/natural_step.py` takes the step.
@@ -27,7 +27,9 @@ from trpo_lm.core.adaptation import (
     RadiusRatio,
     ReferenceFilter,
     RunningNoise,
+    Slope,
     budget_on_batch,
+    budget_price,
     in_reach,
     learn_radius,
     noise,
@@ -51,12 +53,14 @@ class TRPOState:
         noise: Running signal and noise of g: the strength of the damping.
         reference: Filter of R: the margin to the budget.
         radius: Exact KL over predicted KL: the margin to `max_kl`.
+        slope: What L gains along the ray from the reference: the price of R.
         square: Running mean square of g, (M,): the metric of the damping.
     """
 
     noise: RunningNoise
     reference: ReferenceFilter
     radius: RadiusRatio
+    slope: Slope
     square: Tensor
 
 
@@ -73,7 +77,7 @@ class TRPO(TRPOSettings):
 
     def init_state(self, theta: ParameterVector) -> TRPOState:
         """Return the state before the first update."""
-        return TRPOState(RunningNoise(), ReferenceFilter(), RadiusRatio(), theta.zeros())
+        return TRPOState(RunningNoise(), ReferenceFilter(), RadiusRatio(), Slope(), theta.zeros())
 
     def rewards(self, batch: Batch, state: TRPOState) -> Tensor:
         """Return the rewards to maximise, (N, T): those of the MDP; the KL is a constraint."""
@@ -94,21 +98,43 @@ class TRPO(TRPOSettings):
             objective: Of a batch, policy at theta_old; it is moved if the line search accepts.
             state: From `init_state` or the update before.
         """
-        N = objective.N
+        N, limit = objective.N, self.max_ref_kl or math.inf
         R, error = objective.reference_kl()
-        reference, budget = budget_on_batch(
-            state.reference, k=R, error=error, budget=self.max_ref_kl or math.inf
+        reference, budget = budget_on_batch(state.reference, k=R, error=error, budget=limit)
+        near = in_reach(R, self.max_kl, budget)
+        halves_g, halves_b = objective.gradients(reference=near or (R > 0 and limit < math.inf))
+        slope, price = self.price(
+            state.slope, objective.policy.from_reference(), halves_g, halves_b, R
         )
-        state = replace(state, reference=reference)
-        halves_g, halves_b = objective.gradients(reference=in_reach(R, self.max_kl, budget))
-        g = halves_g.sum(0) / N  # grad L
-        b = None if halves_b is None else halves_b.sum(0) / N  # grad R, where the budget is near
+        if halves_b is not None:
+            halves_g = halves_g - price * halves_b
+        state = replace(state, reference=reference, slope=slope)
+        g = halves_g.sum(0) / N  # grad (L - price R)
+        b = halves_b.sum(0) / N if near and halves_b is not None else None  # grad R
         F = objective.fisher(self.fisher_completions)  # Hessian of D
         state, limits = self.step_limits(state, halves_g, R, budget, N)  # damping, radius
+        limits = replace(limits, price=price)
         step = constrained_update(objective.theta, g, b, F, objective.measure, limits, self)
         row = metrics(step, limits, noise(halves_g, N))
         row |= {"cg/product": F.name, "cg/completions": F.count}
         return learned(state, step, R, self.max_kl), row
+
+    def price(
+        self, past: Slope, d: Tensor, halves_g: Tensor, halves_b: Tensor | None, R: float
+    ) -> tuple[Slope, float]:
+        """Return the price of R that its budget implies, with the slope it is made from.
+
+        Args:
+            past: Of earlier updates.
+            d: theta_old - theta_ref, (M,).
+            halves_g: Sums of grad L over two halves of the batch, (2, M).
+            halves_b: Of grad R; None: not known, nothing is charged.
+            R: R(theta_old) on the batch, nats per completion.
+        """
+        if halves_b is None or self.max_ref_kl is None:
+            return past, 0.0
+        gain, rise = (float(halves.sum(0).double() @ d.double()) for halves in (halves_g, halves_b))
+        return budget_price(past, gain=gain, rise=rise, k=R, budget=self.max_ref_kl)
 
     def step_limits(
         self, state: TRPOState, halves_g: Tensor, R: float, budget: float, N: float
@@ -127,7 +153,7 @@ class TRPO(TRPOSettings):
         if damping is None:
             seen, damping = wiener_damping(seen, noise(halves_g * metric.rsqrt(), N), N)
         radius = radius_inside(state.radius, self.max_kl)
-        state = TRPOState(seen, state.reference, state.radius, square)
+        state = replace(state, noise=seen, square=square)
         return state, StepLimits(radius, R, budget, damping, metric)
 
 
@@ -172,6 +198,7 @@ def metrics(update: Update, limits: StepLimits, signal: Noise) -> Metrics:
         "trust_region/case": step.case,
         "trust_region/alignment": step.alignment,
         "trust_region/radius": limits.radius,
+        "trust_region/price": limits.price,
         "cg/iterations": sum(s.iterations for s in solves),
         "cg/residual": update.v.residual,
         "cg/status": update.v.status,

@@ -156,6 +156,39 @@ def budget_on_batch(
     return filtered, budget - max(drift, 0.0) - max(estimate - k, 0.0) - error / math.sqrt(2)
 
 
+@dataclass(frozen=True)
+class Slope:
+    """Exponentially weighted sum of dL / d sqrt(R) along the ray from the reference, and weight."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+
+def budget_price(
+    past: Slope, *, gain: float, rise: float, k: float, budget: float
+) -> tuple[Slope, float]:
+    """Return the price of R: the multiplier that its budget will have when it binds, L per nat.
+
+    Steps follow noise too, and nothing takes that back before the budget binds, although the nats
+    are spent for good. So the budget's multiplier is charged from the start. Along the ray from the
+    reference through the policy R grows as the square of the distance and L about linearly, so that
+    L = a sqrt(R), and the last nat of a budget K buys a / (2 sqrt K). The slope a = dL / d sqrt(R)
+    takes two inner products; what earlier batches moved is independent of this batch's noise.
+
+    Args:
+        past: Of earlier updates.
+        gain: grad L . d, with d = theta_old - theta_ref.
+        rise: grad R . d, nats.
+        k: R at theta_old, nats.
+        budget: K, nats; inf without one.
+    """
+    if k > 0 and rise > 0:
+        a = 2 * math.sqrt(k) * gain / rise
+        past = Slope(MEMORY * past.total + a, MEMORY * past.weight + 1.0)
+    slope = past.total / past.weight if past.weight else 0.0
+    return past, max(slope, 0.0) / (2 * math.sqrt(budget))
+
+
 def in_reach(k: float, max_kl: float, budget: float) -> bool:
     """Return whether a step of `max_kl` could lead beyond the budget at all.
 

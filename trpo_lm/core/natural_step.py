@@ -55,6 +55,7 @@ class StepLimits:
         budget: K on the scale of `ref_kl`, nats; inf without one.
         damping: Of the solves, relative as `conjugate_gradient` takes it.
         metric: Diagonal in which damping measures parameters, (M,), positive; None: all ones.
+        price: Of R in what the step maximises, L - price R; L per nat.
     """
 
     radius: float
@@ -62,6 +63,7 @@ class StepLimits:
     budget: float = math.inf
     damping: float = 0.0
     metric: Tensor | None = None
+    price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def constrained_update(
 
     Args:
         theta: Parameters, M numbers, at theta_old.
-        g: grad L, (M,).
+        g: grad L, (M,); of L - price R if R has a price.
         b: grad R, (M,), or None without a budget.
         F: v -> F v, reduced over ranks.
         measure: Exact gain, D and R at the present theta, reduced over ranks.
@@ -116,7 +118,10 @@ def constrained_update(
 
     def at(scale: float) -> Measurement:
         theta.assign(theta_old, x, scale)
-        return measure()
+        trial = measure()
+        if not limits.price:
+            return trial
+        return replace(trial, gain=trial.gain - limits.price * (trial.ref_kl - limits.ref_kl))
 
     def objection(trial: Measurement, scale: float) -> str | None:
         return why_rejected(trial, step, scale, limits, settings)

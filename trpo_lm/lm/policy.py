@@ -194,6 +194,10 @@ class Policy:
         finally:
             self.parameters.restore(theta)
 
+    def from_reference(self) -> Tensor:
+        """Return theta - theta_ref, (M,)."""
+        return self.parameters.vector() - self.parameters.flatten(self._reference)
+
     def hidden_and_features(
         self, input_ids: Tensor, attention_mask: Tensor, state_mask: Tensor
     ) -> tuple[Tensor, Tensor]:

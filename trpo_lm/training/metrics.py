@@ -51,6 +51,8 @@ METRICS: dict[str, str] = {
     "trust_region/ref_kl_after": "KL(new || ref) estimated on the batch, nats per completion",
     "trust_region/case": "which constraint bound the step: old, ref, both or recover",
     "trust_region/alignment": "cosine of v and w in the Fisher metric; null without a budget near",
+    "trust_region/price": "of KL(policy || ref) in the step's objective, standard deviations of "
+    "the advantage per nat",
     "trust_region/radius": "KL the step was allowed, at most max_kl, nats per completion",
     "cg/iterations": "conjugate-gradient iterations of both solves",
     "cg/residual": "relative residual of the gradient's solve, dimensionless",
