@@ -173,16 +173,23 @@ class LyingServer:
         return self._rows(model, body, T)
 
     def _rows(self, model, body, T):
-        rows = [([], []) for _ in range(body["n"])]
-        for i, (ids, logprobs) in enumerate(rows):
-            noise = torch.Generator().manual_seed(body["seed"] + i)
-            while len(ids) < body["max_tokens"] and not {*ids[-1:]} & {*body["stop_token_ids"]}:
-                logits = model(input_ids=torch.tensor([body["prompt"] + ids])).logits[0, -1]
-                drawn = (logits / T).log_softmax(-1)
-                token = int(torch.multinomial(drawn.exp(), 1, generator=noise))
-                told = drawn if self.processed else logits.log_softmax(-1)
-                ids.append(token)
-                logprobs.append(float(told[token]))
+        """Ids and log-probabilities of n completions, each by the noise of its own seed."""
+        n, stops = body["n"], {*body["stop_token_ids"]}
+        noise = [torch.Generator().manual_seed(body["seed"] + i) for i in range(n)]
+        rows, running = [([], []) for _ in range(n)], {*range(n)}
+        ids = torch.tensor([body["prompt"]] * n)
+        for _ in range(body["max_tokens"]):
+            logits = model(input_ids=ids).logits[:, -1]
+            drawn = (logits / T).log_softmax(-1)
+            told = drawn if self.processed else logits.log_softmax(-1)
+            new = [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(drawn.exp(), noise)]
+            for i in running:
+                rows[i][0].append(new[i])
+                rows[i][1].append(float(told[i, new[i]]))
+            running -= {i for i in running if new[i] in stops}
+            if not running:
+                break
+            ids = torch.cat([ids, torch.tensor(new)[:, None]], dim=1)
         return rows
 
 

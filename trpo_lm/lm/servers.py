@@ -446,6 +446,7 @@ def concurrently(work: Callable[[int], T], count: int, threads: int) -> list[T]:
             try:
                 done.put((i, work(i), None))
             except Exception as error:
+                jobs.clear()
                 done.put((i, None, error))
 
     for _ in range(min(threads, count)):

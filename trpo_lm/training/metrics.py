@@ -287,8 +287,16 @@ def no_signal(rollout: Rollout, ranks: Ranks) -> str | None:
 DRAWN = {8: 1e-5, 4: 1e-2, 2: 0.3, 1: 0.3}  # nats, by bytes of a number: two computations of one
 
 
-def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
+def check_old_policy(
+    policy: Policy, batch: Batch, ranks: Ranks, *, in_process: bool = True
+) -> None:
     """Check that D == 0, and so ratio == 1, at theta_old, and that this policy was sampled from.
+
+    Args:
+        policy: At theta_old.
+        batch: The first.
+        ranks: Of the run.
+        in_process: Whether it was drawn here; `check_sampler` judges what servers drew.
 
     Raises:
         RunFault: If two passes of the same policy differ (dropout, other noise), or if, in the
@@ -309,10 +317,9 @@ def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
     drawn = drawn[:WATCHED]
     first = r.action_mask[: len(drawn)]
     measured = r.padded(batch.old_logprobs).cpu()[: len(drawn)][first]
-    others = {
-        "when they were drawn": drawn[first],
-        "in a pass over whole rows": _row_by_row(policy, r, len(drawn)),
-    }
+    others = {"in a pass over whole rows": _row_by_row(policy, r, len(drawn))}
+    if in_process:
+        others = {"when they were drawn": drawn[first], **others}
     for when, found in others.items():
         apart, _ = ranks.mean((measured - found).double().abs())
         if not apart <= DRAWN[shortest_number(policy.base)]:

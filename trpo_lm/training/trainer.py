@@ -310,7 +310,8 @@ class Trainer:
             if self.servers is not None:
                 metrics.check_sampler(row, algorithm.limits.max_kl)
             if update == 1:
-                metrics.check_old_policy(self.policy, batch, self.ranks)
+                here = self.servers is None
+                metrics.check_old_policy(self.policy, batch, self.ranks, in_process=here)
         with stage("values"):
             mask, valid = rollout.action_mask, rollout.scores.valid
             rewards = algorithm.rewards(batch, self.algorithm_state)
