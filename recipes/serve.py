@@ -39,11 +39,12 @@ def command(a):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    plain = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("model", help="name or path of the base model, the one that is trained")
     parser.add_argument("--lora_r", type=int, default=8, help="rank of the run's adapter [8]")
     parser.add_argument("--max_model_len", type=int, help="longest prompt + max_completion_length")
-    parser.add_argument("--dtype", default="auto", help="as the trainer's: float32, bfloat16 [auto]")
+    parser.add_argument("--dtype", default="auto", help="as the trainer's, e.g. float32 [auto]")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on [8000]")
     parser.add_argument("--print_only", action="store_true", help="print the command and stop")

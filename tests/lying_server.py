@@ -1,4 +1,4 @@
-"""A small server that speaks as vLLM's does, over a Hugging Face model, and lies when it is told to.
+"""A small server that speaks as vLLM's does, over a Hugging Face model, and lies when told to.
 
 `tests/lm/test_servers.py` holds it against the real one too (marker `vllm`).
 """
@@ -54,6 +54,9 @@ class LyingServer:
         self.closing.set()
         self.http.shutdown()
         self.http.server_close()
+
+    def tell(self, lie):
+        self.lie = lie
 
     def lies(self, *names):
         """Whether it is to lie now, in one of these ways."""
@@ -182,7 +185,7 @@ class LyingServer:
             logits = model(input_ids=ids).logits[:, -1]
             drawn = (logits / T).log_softmax(-1)
             told = drawn if self.processed else logits.log_softmax(-1)
-            new = [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(drawn.exp(), noise)]
+            new = [int(torch.multinomial(drawn[i].exp(), 1, generator=noise[i])) for i in range(n)]
             for i in running:
                 rows[i][0].append(new[i])
                 rows[i][1].append(float(told[i, new[i]]))

@@ -253,8 +253,8 @@ def test_a_request_is_repeated_with_its_seeds_until_it_is_answered(small, tmp_pa
 
 @pytest.mark.parametrize(
     "lie, fault",
-    [("drop", "end closed"), ("busy", "503, Service"), ("engine", "500, Engine"), ("hang", "timed out")],
-)  # fmt: skip
+    [("drop", "end closed"), ("busy", "503, Serv"), ("engine", "500, En"), ("hang", "timed out")],
+)
 def test_a_server_that_does_not_answer_in_time_is_a_fault(small, tmp_path, lie, fault):
     served = joined(tmp_path, small.url, patience=0.5)
     served.publish(policy(), "1")
@@ -376,8 +376,9 @@ def test_servers_share_the_prompts_in_a_fixed_order_and_draw_what_one_draws(smal
         both.publish(made, "1")
         found = complete(both).tokens
         asked = [
-            sorted(b["prompt"] for p, b in s.log if p.endswith("completions")) for s in (small, other)
-        ]  # fmt: skip
+            sorted(body["prompt"] for path, body in server.log if path == "/v1/completions")
+            for server in (small, other)
+        ]
         assert asked == [sorted(ROWS[::2]), ROWS[1::2]]
         one.publish(made, "1")
         assert torch.equal(complete(one).tokens, found)

@@ -106,7 +106,7 @@ def test_a_server_has_room_for_the_longest_row(tmp_path, context, fits):
         if fits:
             served(tmp_path / "run", server)
             return
-        with pytest.raises(TrpoLMError, match="serves 9 tokens.*have 11"):
+        with pytest.raises(TrpoLMError, match=r"serves 9 tokens.*have 11"):
             served(tmp_path / "run", server)
 
 
@@ -128,7 +128,7 @@ def test_another_model_ends_the_run_before_it_begins(server, tmp_path):
 
 def test_a_stale_adapter_ends_the_run_and_keeps_the_last_good_update(server, tmp_path):
     made = served(tmp_path / "run", server, algorithm=DISTANT, updates=6)
-    made.stage.on_enter = runs.entering("rollout", 2, action=lambda: setattr(server, "lie", "stale"))
+    made.stage.on_enter = runs.entering("rollout", 2, action=lambda: server.tell("stale"))
     with pytest.raises(RunFault, match=r"nats per completion from the policy") as error:
         made.train()
     assert error.value.where == "rollout_servers" and "resume with" in error.value.hint
@@ -242,7 +242,7 @@ def test_weights_make_the_surrogate_that_of_the_old_policy(server, tmp_path):
 def test_a_server_that_dies_ends_the_run_with_a_checkpoint(server, tmp_path, lie):
     made = served(tmp_path / "run", server)
     made.servers.patience = 0.6
-    made.stage.on_enter = runs.entering("rollout", 2, action=lambda: setattr(server, "lie", lie))
+    made.stage.on_enter = runs.entering("rollout", 2, action=lambda: server.tell(lie))
     with pytest.raises(RunFault, match=f"no answer from {server.url}") as error:
         made.train()
     assert "saved checkpoint-000001; resume with" in error.value.hint

@@ -37,8 +37,8 @@ METRICS: dict[str, str] = {
     "objective/score_std": "standard deviation of those scores, units of the reward",
     "objective/ref_kl": "KL(old || ref) of this update's rollouts, nats per completion",
     "objective/ref_kl_per_token": "the same, nats per token",
-    "objective/sampler_kl": "KL(sampler || old) of the rollout, by the log-probabilities with which "
-    "tokens were drawn (in process: of a few), nats per completion",
+    "objective/sampler_kl": "KL(sampler || old) by the log-probabilities with which tokens were "
+    "drawn (in process: in the first completions), nats per completion",
     "objective/sampler_gap": "mean distance of those from the old policy's, nats per token",
     "objective/sampler_truncated": "share of completions whose weight old / sampler was cut; null "
     "where the sampler needs no weights",
