@@ -60,7 +60,9 @@ def _urls(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len({str(url).rstrip("/") for url in value}) == len(value) > 0
-        and all(isinstance(url, str) and re.match(r"https?://[^/\s]", url) for url in value)
+        and all(
+            isinstance(url, str) and re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url) for url in value
+        )
     )
 
 

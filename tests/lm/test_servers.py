@@ -65,7 +65,7 @@ def vllm(folder, *flags):
             list(map(str, words)), stdout=log, stderr=log, env=environment, start_new_session=True
         )
     try:
-        made = Servers([f"http://127.0.0.1:{port}"], folder, run="x", vocabulary=1, patience=400.0)
+        made = Servers([f"http://127.0.0.1:{port}"], folder, run="x", vocabulary=1, patience=900.0)
         made.wait()
         made.name = None
         made.complete([[1]], 1, max_tokens=1, stop_ids=(), temperature=1.0, seed=(0,))  # compiles
@@ -98,7 +98,7 @@ def url(request):
     return found if isinstance(found, str) else found.url
 
 
-def joined(folder, *urls, patience=20.0):
+def joined(folder, *urls, patience=120.0):
     run = f"r{time.monotonic_ns()}"
     made = Servers(urls, folder / run, run=run, vocabulary=tiny.V, patience=patience)
     servers_answer(made)

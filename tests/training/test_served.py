@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 
+import processes
 import pytest
 import runs
 import tiny
@@ -82,6 +83,25 @@ def test_a_reference_that_came_as_an_adapter_is_published_too(server, tmp_path):
     asked = [body["model"] for path, body in server.log if path == "/v1/completions"]
     assert "base" not in asked and any(name.endswith("-reference") for name in asked)
     assert made.before.ref_kl == 0
+
+
+def rank_of_a_run(folder, url):
+    made = served(folder, url, updates=2, save_steps=0, rollout_timeout=60.0)
+    made.train()
+    return made.policy.parameters.checksum(), made.servers.folder.exists()
+
+
+@pytest.mark.distributed
+def test_two_ranks_publish_once_and_share_a_server(server, tmp_path):
+    (one, left), (other, _) = (
+        answer[1] for answer in processes.ranks(2, rank_of_a_run, tmp_path / "run", server.url)
+    )
+    assert one == other and not left
+    loaded = [body["lora_name"] for path, body in server.log if path == "/v1/load_lora_adapter"]
+    assert len(loaded) == len(set(loaded)) == 3  # the probe and two versions
+    prompts = [b["prompt"] for p, b in server.log if b and b.get("model") == loaded[1]]
+    assert len(prompts) == 4  # of an update, of both ranks
+    assert all(row["objective/sampler_gap"] < 1e-5 for row in runs.rows(tmp_path / "run"))
 
 
 # ---------------------------------------------------------------- the start
@@ -165,7 +185,7 @@ def test_the_distance_is_that_of_the_definition():
 def test_the_estimate_is_the_kl_of_the_sampler_from_the_policy():
     """Drawn from one policy, measured under another: KL by samples against the exact one."""
     sampler, policy = tiny.policy("llama", spread=0.3), tiny.policy("llama", spread=0.25)
-    drawn = tiny.batch(sampler, each=600, length=4)
+    drawn = tiny.batch(sampler, each=300, length=4)
     mine = tiny.Batch.from_rollout(policy, drawn.rollout)
     rollout = replace(
         drawn.rollout, drawn_logprobs=drawn.rollout.padded(drawn.old_logprobs)
