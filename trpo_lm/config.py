@@ -57,13 +57,10 @@ def _number(
 
 
 def _urls(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len({str(url).rstrip("/") for url in value}) == len(value) > 0
-        and all(
-            isinstance(url, str) and re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url) for url in value
-        )
-    )
+    if not isinstance(value, list) or not all(isinstance(url, str) for url in value):
+        return False
+    different = len({url.rstrip("/") for url in value}) == len(value) > 0
+    return different and all(re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url) for url in value)
 
 
 # Settings of TRL and transformers, and what does their job here.

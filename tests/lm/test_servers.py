@@ -256,12 +256,12 @@ def test_a_request_is_repeated_with_its_seeds_until_it_is_answered(small, tmp_pa
     [("drop", "end closed"), ("busy", "503, Serv"), ("engine", "500, En"), ("hang", "timed out")],
 )
 def test_a_server_that_does_not_answer_in_time_is_a_fault(small, tmp_path, lie, fault):
-    served = joined(tmp_path, small.url, patience=0.5)
+    served = joined(tmp_path, small.url)
     served.publish(policy(), "1")
-    small.lie, start = lie, time.monotonic()
+    served.patience, small.lie, start = 0.5, lie, time.monotonic()
     with pytest.raises(RunFault, match=rf"no answer from {small.url}/v1/completions .*{fault}"):
         complete(served)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # and not for ever
 
 
 def test_time_grows_with_the_tokens_asked_for_unless_it_is_set():
@@ -273,7 +273,8 @@ def test_time_grows_with_the_tokens_asked_for_unless_it_is_set():
 
 
 def test_a_server_that_is_gone_is_a_fault(small, tmp_path):
-    served = joined(tmp_path, small.url, patience=0.5)
+    served = joined(tmp_path, small.url)
+    served.patience = 0.5
     small.stop()
     with pytest.raises(RunFault, match="Connection refused"):
         complete(served)

@@ -34,7 +34,7 @@ def server():
 
 
 def served(folder, *servers, model=None, **options):
-    options = {"updates": 3, "save_steps": 1, "rollout_timeout": 2.0} | options
+    options = {"updates": 3, "save_steps": 1, "rollout_timeout": 60.0} | options
     urls = [s if isinstance(s, str) else s.url for s in servers]
     model = tiny.build("llama") if model is None else model
     return runs.trainer(folder, model=model, rollout_servers=urls, **options)
@@ -86,7 +86,7 @@ def test_a_reference_that_came_as_an_adapter_is_published_too(server, tmp_path):
 
 
 def rank_of_a_run(folder, url):
-    made = served(folder, url, updates=2, save_steps=0, rollout_timeout=60.0)
+    made = served(folder, url, updates=2, save_steps=0)
     made.train()
     return made.policy.parameters.checksum(), made.servers.folder.exists()
 
@@ -261,8 +261,12 @@ def test_weights_make_the_surrogate_that_of_the_old_policy(server, tmp_path):
 @pytest.mark.parametrize("lie", ["drop", "busy", "hang", "engine"])
 def test_a_server_that_dies_ends_the_run_with_a_checkpoint(server, tmp_path, lie):
     made = served(tmp_path / "run", server)
-    made.servers.patience = 0.6
-    made.stage.on_enter = runs.entering("rollout", 2, action=lambda: server.tell(lie))
+
+    def die():
+        made.servers.patience = 0.6
+        server.tell(lie)
+
+    made.stage.on_enter = runs.entering("rollout", 2, action=die)
     with pytest.raises(RunFault, match=f"no answer from {server.url}") as error:
         made.train()
     assert "saved checkpoint-000001; resume with" in error.value.hint
@@ -272,7 +276,7 @@ def test_a_server_that_dies_ends_the_run_with_a_checkpoint(server, tmp_path, lie
 @pytest.mark.parametrize("lie, times", [("drop", 2), ("busy", 2), ("forget", 1)])
 def test_a_fault_that_passes_changes_no_number(server, tmp_path, lie, times):
     served(tmp_path / "plain", server, updates=2).train()
-    made = served(tmp_path / "run", server, updates=2, rollout_timeout=20.0)
+    made = served(tmp_path / "run", server, updates=2)
     server.lie, server.times = lie, times
     made.train()
     assert server.times == 0
@@ -288,7 +292,7 @@ def test_a_run_resumes_on_other_servers(server, tmp_path):
 
 
 def test_a_signal_does_not_wait_for_a_server_that_hangs(server, tmp_path):
-    made = served(tmp_path / "run", server, rollout_timeout=60.0)
+    made = served(tmp_path / "run", server)
     server.lie = "hang"
     start = made.servers.complete
 
