@@ -65,7 +65,9 @@ def vllm(folder, *flags):
             list(map(str, words)), stdout=log, stderr=log, env=environment, start_new_session=True
         )
     try:
-        made = Servers([f"http://127.0.0.1:{port}"], folder, run="x", vocabulary=1, patience=900.0)
+        made = Servers(
+            [f"http://127.0.0.1:{port}"], folder, run="x", vocabulary=tiny.V, patience=900.0
+        )
         made.wait()
         made.name = None
         made.complete([[1]], 1, max_tokens=1, stop_ids=(), temperature=1.0, seed=(0,))  # compiles
