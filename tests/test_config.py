@@ -37,7 +37,9 @@ BROKEN_TRAINER = {
     "eval_prompts": [0], "save_steps": [-1], "save_total_limit": [0], "seed": [-1, 0.5],
     "truncate_prompts": ["right"], "critic": ["learned"], "on_bad_reward": ["ignore"],
     "reward_weights": [[], [0.0], [math.nan, 1.0], [1.0, "x"]], "reward_timeout": [0, -1.0],
-    "ddp_timeout": [0, math.inf],
+    "ddp_timeout": [0, math.inf], "rollout_timeout": [0, "x"],
+    "rollout_servers": [[], "http://a", ["a:8000"], ["http://a", "http://a/"], [1], ["http://"],
+                        ["http://me:secret@host"]],
     "dtype": ["half", "float64", None], "attn_implementation": ["", "someone/kernels", 2],
     "lora_r": [0, 1.5], "lora_alpha": [0, None], "lora_target_modules": ["", "q_proj,", ["q_proj"]],
 }  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -55,6 +56,13 @@ def _number(
     return math.isfinite(value) and value > above and least <= value <= most
 
 
+def _urls(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(url, str) for url in value):
+        return False
+    different = len({url.rstrip("/") for url in value}) == len(value) > 0
+    return different and all(re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url) for url in value)
+
+
 # Settings of TRL and transformers, and what does their job here.
 ELSEWHERE = {
     "beta": "max_ref_kl is the budget of the reference KL, in nats; there is no price to set",
@@ -88,7 +96,8 @@ ELSEWHERE = {
     "torch_dtype": "use dtype",
     "total_episodes": "use updates",
     "use_peft": "an adapter is always trained: see lora_r",
-    "use_vllm": "vLLM is not supported yet",
+    "use_vllm": "use rollout_servers; recipes/serve.py starts one",
+    "vllm_server_base_url": "use rollout_servers",
     "warmup_ratio": "there is no learning rate in TRPO: max_kl is the size of an update",
     "warmup_steps": "there is no learning rate in TRPO: max_kl is the size of an update",
 }
@@ -349,6 +358,16 @@ class TrainerConfig(ModelSettings):
         24, "most tokens of a completion; longer ones are truncated"
     )
     temperature: float = option(1.0, "sampling temperature; the policy is the tempered softmax")
+    rollout_servers: list[str] | None = option(
+        None,
+        "URLs of vLLM servers that sample in place of this process, e.g. http://host:8000; "
+        "recipes/serve.py starts one",
+    )
+    rollout_timeout: float | None = option(
+        None,
+        "seconds that such a server may take to answer, attempts repeated; default: 60, and one "
+        "more for each token of max_completion_length",
+    )
     truncate_prompts: str = option(
         "error", "prompts too long for the model: 'error', or 'left' to drop their beginning"
     )
@@ -429,6 +448,10 @@ class TrainerConfig(ModelSettings):
                     self.micro_batch_tokens is None or _whole(self.micro_batch_tokens, 1),
                     "None or a whole number of at least 1",
                 ),
+                "rollout_servers": (
+                    self.rollout_servers is None or _urls(self.rollout_servers),
+                    "different URLs that begin with http:// or https://, or None",
+                ),
                 "truncate_prompts": (
                     self.truncate_prompts in ("error", "left"),
                     "'error' or 'left'",
@@ -459,6 +482,7 @@ class TrainerConfig(ModelSettings):
                 name: (value is None or _number(value, above=0), "seconds above 0, or None")
                 for name, value in {
                     "reward_timeout": self.reward_timeout,
+                    "rollout_timeout": self.rollout_timeout,
                     "ddp_timeout": self.ddp_timeout,
                 }.items()
             },

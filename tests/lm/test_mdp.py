@@ -339,7 +339,7 @@ def test_the_same_seed_gives_the_same_rollout_and_global_randomness_is_untouched
 
 
 def test_rows_are_sampled_in_parts_with_seeds_of_their_own(policy, monkeypatch):
-    monkeypatch.setattr("trpo_lm.lm.mdp.GENERATE_ROWS", 8)
+    monkeypatch.setattr("trpo_lm.lm.sampling.GENERATE_ROWS", 8)
     rollout = tiny.mdp(length=6).rollout(policy, ["w1 w2"], completions_per_prompt=16)
     assert len(rollout) == 16
     assert rollout.completion_ids[:8] != rollout.completion_ids[8:]

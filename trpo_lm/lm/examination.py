@@ -180,11 +180,11 @@ def rounding(model: torch.nn.Module) -> float:
 
 
 @contextmanager
-def _moved(theta: ParameterVector) -> Iterator[None]:
-    """Move theta, at which half of a fresh LoRA is zero, inside the block."""
+def moved(theta: ParameterVector, by: float = PROBE_MOVE) -> Iterator[None]:
+    """Move theta, at which half of a fresh LoRA is zero, inside the block; always the same way."""
     start = theta.snapshot()
     step = torch.randn(len(theta), generator=generator(0, "probe move")).to(theta.vector())
-    theta.assign(start, step, PROBE_MOVE)
+    theta.assign(start, step, by)
     try:
         yield
     finally:
@@ -365,7 +365,7 @@ def adapter_is_identity(
     with model.disable_adapter():
         off = outputs()
         apart = disagreement(start, off)
-        with _moved(theta):
+        with moved(theta):
             restores = torch.equal(start, outputs())
     if fresh and not apart <= rounding(model):
         raise TrpoLMError(
@@ -426,7 +426,7 @@ def product_is_right(
     """
     if quantised:
         return "the weights are quantised"
-    with _moved(theta):
+    with moved(theta):
         outputs = features()
         u = _random(outputs)
         c = theta.gradient(outputs, cotangent=u)

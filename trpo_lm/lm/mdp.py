@@ -4,13 +4,13 @@
 
 An episode ends at EOS or at the length limit. The score of the whole completion is paid at its last
 action, plus rewards per token where a reward function gives them. `TokenMDP.step` is the
-definition; `TokenMDP.rollout` is the batched path through `model.generate`, and a test holds them
+definition; `TokenMDP.rollout` is the batched path through a `Sampler`, and a test holds them
 together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -18,39 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from trpo_lm.core.divergences import log_softmax, token_logprobs
-from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import Prompt, encode_prompts, is_prefilled
 from trpo_lm.lm.rewards import RewardBatch, Rewards
 from trpo_lm.lm.rollout import Rollout
-from trpo_lm.seeds import global_seed
+from trpo_lm.lm.sampling import NEUTRAL_SAMPLING, InProcess, Sampler, left_pad
 
 _BEFORE = 8  # tokens of a prompt that decide how a completion begins: a space, half a character
-WATCHED = 8  # rows of which the log-probabilities are recorded while they are sampled
-GENERATE_ROWS = 512  # completions generated at once; seeds derive per chunk
-
-# What transformers would otherwise inherit from the model's own generation_config: the sampler must
-# be the policy that is differentiated, nothing filtered and nothing penalised.
-NEUTRAL_SAMPLING: dict[str, bool | int | float] = {
-    "do_sample": True,
-    "num_beams": 1,
-    "top_k": 0,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
-    "min_length": 0,
-    "renormalize_logits": False,
-}
-
 
 # The settings of a generation config that change no distribution, or that a run has its own for.
 FOLLOWED = {
@@ -170,6 +146,7 @@ class TokenMDP:
         seed: tuple[int | str, ...] = (0,),
         trainer_state: Any = None,
         greedy: bool = False,
+        sampler: Sampler | None = None,
     ) -> Rollout:
         """Sample completions from the policy and score them.
 
@@ -181,26 +158,28 @@ class TokenMDP:
             seed: What the random numbers derive from.
             trainer_state: Passed on to reward functions that ask for it.
             greedy: Take the likeliest token instead of sampling.
+            sampler: To which the policy was published; None: the policy's own model.
 
         Raises:
-            RunFault: If the model returns non-finite logits, or a reward function fails.
+            RunFault: If the model returns non-finite logits, a sampler fails, or a reward function.
         """
         groups = torch.arange(len(prompts)).repeat_interleave(completions_per_prompt)
         order = groups.tolist()
         repeated = [prompts[i] for i in order]
         values = {k: [v[i] for i in order] for k, v in (columns or {}).items()}
         encoded = self.encode(prompts, columns)
+        sampler = sampler or InProcess(policy, self.pad_token_id, greedy=greedy)
+        drawn = sampler.complete(
+            encoded,
+            completions_per_prompt,
+            max_tokens=self.max_completion_length,
+            stop_ids=self.eos_token_ids,
+            temperature=policy.temperature,
+            seed=seed,
+        )
         ids, mask = self.left_pad([encoded[i] for i in order])
-        length = ids.shape[1] + self.max_completion_length
-        size = policy.room.tokens("rollout", length, len(ids) * length)
-        rows = min(GENERATE_ROWS, size // length)
-        parts = [
-            self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start), greedy)
-            for part in _slices(len(ids), rows)
-        ]
-        sampled = torch.cat([tokens for tokens, _ in parts])
-        made = self.scored(repeated, ids, mask, sampled, groups, values, trainer_state)
-        return replace(made, drawn_logprobs=parts[0][1])
+        made = self.scored(repeated, ids, mask, drawn.tokens, groups, values, trainer_state)
+        return replace(made, drawn_logprobs=drawn.logprobs)
 
     def scored(
         self,
@@ -280,44 +259,7 @@ class TokenMDP:
 
     def left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return the ids of prompts and their mask, (N, P), padded on the left."""
-        P = max(map(len, prompts))
-        ids = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
-        mask = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
-        return torch.tensor(ids), torch.tensor(mask)
-
-    @torch.no_grad()
-    def _generate(
-        self, policy: Policy, ids: Tensor, mask: Tensor, seed: tuple, greedy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return sampled tokens, (n, T), anything after EOS; and log-probabilities of the first."""
-        config = GenerationConfig(
-            **NEUTRAL_SAMPLING | {"top_k": int(greedy)},
-            temperature=policy.temperature,
-            max_new_tokens=self.max_completion_length,
-            eos_token_id=self.eos_token_ids or None,
-            pad_token_id=self.pad_token_id,
-        )
-        shipped, policy.base.generation_config = policy.base.generation_config, config
-        computed = policy.prompt_cache(ids, mask, follow=self.max_completion_length)
-        cache, ids, mask = computed or (None, ids, mask)
-        watch = _Watch(policy.temperature)
-        known = {} if cache is None else {policy.cache_argument: cache}
-        try:
-            with global_seed(*seed, device=policy.device):  # type: ignore[misc]
-                out = policy.base.generate(
-                    input_ids=ids.to(policy.device),
-                    attention_mask=mask.to(policy.device),
-                    generation_config=config,
-                    **known,
-                    logits_processor=LogitsProcessorList([watch]),
-                )
-        finally:
-            policy.base.generation_config = shipped
-        watch.take(out)
-        drawn = torch.stack(watch.columns, dim=1).cpu()
-        out = out[:, ids.shape[1] :].cpu()
-        missing = (0, self.max_completion_length - out.shape[1])
-        return pad(out, missing, value=self.pad_token_id), pad(drawn, missing)
+        return left_pad(prompts, self.pad_token_id)
 
     def _lengths(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
         """Return the number of actions of each row, EOS included, and whether none was EOS."""
@@ -325,35 +267,6 @@ class TokenMDP:
         ended = eos.any(-1)
         first = eos.int().argmax(-1) + 1
         return torch.where(ended, first, sampled.shape[1]), ~ended
-
-
-class _Watch(LogitsProcessor):
-    """Checks logits, and records the log-probability with which tokens of a few rows are drawn."""
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-        self.latest: Tensor | None = None
-        self.columns: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        whole = scores.sum()  # one pass: nan and +inf survive a sum, and -inf is a legal logit
-        if torch.isnan(whole) or whole == torch.inf:
-            raise RunFault(
-                "non-finite logits at layer output", where="generation",
-                hint="a weight of the model is nan or infinite, or its dtype overflows",
-            )  # fmt: skip
-        self.take(input_ids)
-        self.latest = log_softmax(scores[:WATCHED].float() / self.temperature)
-        return scores
-
-    def take(self, input_ids: Tensor) -> None:
-        """Record the log-probability of each row's last token, drawn from the latest logits."""
-        if self.latest is not None:
-            self.columns.append(token_logprobs(self.latest, input_ids[:WATCHED, -1]))
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
 def _token_rewards(scores: RewardBatch, lengths: Tensor, T: int) -> Tensor:

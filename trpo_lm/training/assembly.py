@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,16 @@ from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, Prompts, check_prompts, load_prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards
+from trpo_lm.lm.servers import (
+    Servers,
+    longest_row_is_served,
+    published_is_sampled,
+    servers_answer,
+    tokenizers_agree,
+)
 from trpo_lm.seeds import generator
-from trpo_lm.training.folder import Settings
+from trpo_lm.training.folder import RunFolder, Settings
+from trpo_lm.training.ranks import Ranks
 
 TEXTS = 16  # prompts on which the decoder is tried
 WORDIEST = 4  # tokens that a reward model may read one of the policy's as
@@ -217,8 +226,7 @@ def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str]
     train = examine(fit, data.train, of="training")
     held_out = data.held_out and examine(fit, data.held_out, of="held out")
     if context is None:
-        rows = [row for p in (train, held_out) if p for row in mdp.encode(p.prompts, p.columns)]
-        tokens = max(map(len, rows)) + args.max_completion_length
+        tokens = longest_row(Data(train, held_out), parts)
         examine(longest_row_can_be_read, policy.base, tokens)
     few = Prompts(*train.take(range(min(len(train), TEXTS))))
     examine(texts_join, mdp, few.prompts, mdp.encode(few.prompts, few.columns))
@@ -245,6 +253,51 @@ def fit_data(data: Data, parts: Parts, args: TrainerConfig, note: Callable[[str]
         first = range(min(len(held_out), args.eval_prompts))
         held_out = Prompts(*held_out.take(first))
     return Data(train, held_out)
+
+
+def join_servers(data: Data, parts: Parts, args: TrainerConfig, ranks: Ranks) -> Servers | None:
+    """Return the servers that sample for a run, examined; None if it samples itself.
+
+    Args:
+        data: From `fit_data`.
+        parts: What is sampled.
+        args: Where the servers are, and how long they may take.
+        ranks: The processes of the run.
+
+    Raises:
+        TrpoLMError: If a server is not there, or does not serve what is trained.
+    """
+    if args.rollout_servers is None:
+        return None
+    policy, mdp, run = parts.policy, parts.mdp, ranks.share(secrets.token_hex(4))
+    servers = Servers(
+        args.rollout_servers,
+        RunFolder(args.output_dir).path / f".tmp-adapters-{run}",
+        run=run,
+        vocabulary=policy.vocabulary_size,
+        patience=args.rollout_timeout,
+    )
+    few = mdp.encode(*data.train.take(range(min(len(data.train), TEXTS))))
+
+    def from_here() -> None:
+        """Check what every process relies on."""
+        examine(servers_answer, servers)
+        context = policy.context_length
+        if context is None or any(server.context < context for server in servers.servers):
+            examine(longest_row_is_served, servers, longest_row(data, parts))
+        examine(tokenizers_agree, servers, parts.tokenizer)
+
+    ranks.agree(from_here)
+    length = args.max_completion_length
+    ranks.on_main(lambda: examine(published_is_sampled, servers, policy, few, most=length))
+    return servers
+
+
+def longest_row(data: Data, parts: Parts) -> int:
+    """Return the tokens of the longest prompt and its completion."""
+    mdp, of_run = parts.mdp, (data.train, data.held_out)
+    rows = [row for p in of_run if p for row in mdp.encode(p.prompts, p.columns)]
+    return max(map(len, rows)) + mdp.max_completion_length
 
 
 def prompts_of_update(update: int, args: TrainerConfig, count: int) -> list[int]:

@@ -94,6 +94,8 @@ def banner(parts: Parts, limits: Limits, settings: Settings) -> dict[str, str]:
         f"{prompts * each} completions an update ({prompts} prompts x {each}), "
         f"at most {settings['max_completion_length']} tokens"
     )
+    if settings.get("rollout_servers"):
+        facts["sampling"] = ", ".join(settings["rollout_servers"])
     return {**facts, "output": settings["output_dir"]}
 
 

@@ -23,8 +23,9 @@ from trpo_lm.lm.examination import shortest_number
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rollout import Batch, Rollout
+from trpo_lm.lm.sampling import WATCHED
 from trpo_lm.storage import Row
-from trpo_lm.training.ranks import Ranks
+from trpo_lm.training.ranks import Ranks, SharedFault
 
 # "per completion" = summed over a completion's tokens, averaged over completions.
 METRICS: dict[str, str] = {
@@ -36,6 +37,11 @@ METRICS: dict[str, str] = {
     "objective/score_std": "standard deviation of those scores, units of the reward",
     "objective/ref_kl": "KL(old || ref) of this update's rollouts, nats per completion",
     "objective/ref_kl_per_token": "the same, nats per token",
+    "objective/sampler_kl": "KL(sampler || old) by the log-probabilities with which tokens were "
+    "drawn (in process: in the first completions), nats per completion",
+    "objective/sampler_gap": "mean distance of those from the old policy's, nats per token",
+    "objective/sampler_truncated": "share of completions whose weight old / sampler was cut; null "
+    "where the sampler needs no weights",
     "objective/entropy": "entropy of the policy that sampled, nats per token",
     "objective/completion_length": "mean length of a completion, tokens",
     "objective/eos_rate": "share of completions that end before the length limit",
@@ -134,6 +140,7 @@ def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[Row, int, int]:
         "objective/score_std": none_if_nan(std),
         "objective/ref_kl": ref_kl / N,
         "objective/ref_kl_per_token": ref_kl / tokens,
+        **sampler_distance(batch, ranks),
         "objective/entropy": entropies / tokens,
         "objective/completion_length": tokens / N,
         "objective/eos_rate": ended / N,
@@ -142,6 +149,76 @@ def rollout_metrics(batch: Batch, ranks: Ranks) -> tuple[Row, int, int]:
         **logged(r.scores.logged, ranks),
     }
     return metrics, int(N), int(tokens)
+
+
+def drawn_log_ratio(batch: Batch) -> Tensor:
+    """Return log(old / sampler) of each action whose drawing was recorded, (k, T) float64."""
+    r, drawn = batch.rollout, batch.rollout.drawn_logprobs
+    drawn = batch.old_logprobs.new_zeros(0, r.action_mask.shape[1]) if drawn is None else drawn
+    ratio = r.padded(batch.old_logprobs).cpu()[: len(drawn)].double() - drawn.cpu()
+    return ratio.where(r.action_mask[: len(drawn)], 0.0)
+
+
+def sampler_distance(batch: Batch, ranks: Ranks) -> Row:
+    """Return how far what was drawn is from the old policy.
+
+    With x = log(old / sampler) of a completion, E[e^x - 1 - x] over the sampler's completions is
+    KL(sampler || old), without bias, and no sample of it is below zero.
+    """
+    ratio = drawn_log_ratio(batch)
+    x, mask = ratio.sum(-1), batch.rollout.action_mask[: len(ratio)]
+    sums = (torch.expm1(x) - x).sum(), ratio.abs().sum(), mask.sum(), torch.tensor(len(x))
+    kl, gap, tokens, count = ranks.reduce(torch.stack([s.double() for s in sums])).tolist()
+    return {
+        "objective/sampler_kl": kl / count if count else None,
+        "objective/sampler_gap": gap / tokens if tokens else None,
+    }
+
+
+SAMPLER_SHARE, NO_REGION = 0.25, 0.1  # of max_kl; where the update rule has none, nats
+NEGLIGIBLE, LARGEST_WEIGHT = (
+    1e-6,
+    2.0,
+)  # a sampler's KL without weights, nats; and a weight, at most
+
+
+def check_sampler(row: Row, max_kl: float | None) -> None:
+    """Check that the servers sample from the old policy, to a share of the trust region.
+
+    Args:
+        row: From `sampler_distance`.
+        max_kl: The trust region, nats per completion.
+
+    Raises:
+        SharedFault: If they do not; on every rank.
+    """
+    kl, most = row["objective/sampler_kl"], SAMPLER_SHARE * (max_kl or NO_REGION)
+    if not kl <= most:
+        raise SharedFault(
+            f"what the servers sample is {kl:.2g} nats per completion from the policy, and more "
+            f"than {most:.2g} ({SAMPLER_SHARE:.0%} of max_kl) is too much",
+            where="rollout_servers",
+            hint="a server has another adapter or base than this run, or rounds too coarsely for "
+            f"its completions ({row['objective/sampler_gap']:.2g} nats a token): restart it with "
+            "--dtype float32, or raise max_kl",
+        )
+
+
+def sampler_weights(batch: Batch, row: Row, ranks: Ranks) -> Tensor | None:
+    """Return min(old / sampler, LARGEST_WEIGHT) of each completion, (N,); None if it is near 1.
+
+    Args:
+        batch: Every completion's drawing was recorded.
+        row: From `sampler_distance`; gets the share of weights that were cut.
+        ranks: Of the run.
+
+    Source: truncated importance sampling, Ionides (2008), doi:10.1198/106186008X320456.
+    """
+    if row["objective/sampler_kl"] <= NEGLIGIBLE:
+        return None
+    weights = drawn_log_ratio(batch).sum(-1).exp()
+    row["objective/sampler_truncated"] = ranks.mean((weights > LARGEST_WEIGHT).double())[0]
+    return weights.clamp(max=LARGEST_WEIGHT)
 
 
 def equal_scores(rollout: Rollout, ranks: Ranks) -> float | None:
@@ -212,8 +289,16 @@ def no_signal(rollout: Rollout, ranks: Ranks) -> str | None:
 DRAWN = {8: 1e-5, 4: 1e-2, 2: 0.3, 1: 0.3}  # nats, by bytes of a number: two computations of one
 
 
-def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
+def check_old_policy(
+    policy: Policy, batch: Batch, ranks: Ranks, *, in_process: bool = True
+) -> None:
     """Check that D == 0, and so ratio == 1, at theta_old, and that this policy was sampled from.
+
+    Args:
+        policy: At theta_old.
+        batch: The first.
+        ranks: Of the run.
+        in_process: Whether it was drawn here; `check_sampler` judges what servers drew.
 
     Raises:
         RunFault: If two passes of the same policy differ (dropout, other noise), or if, in the
@@ -231,12 +316,12 @@ def check_old_policy(policy: Policy, batch: Batch, ranks: Ranks) -> None:
     r, drawn = batch.rollout, batch.rollout.drawn_logprobs
     if drawn is None:
         return
+    drawn = drawn[:WATCHED]
     first = r.action_mask[: len(drawn)]
     measured = r.padded(batch.old_logprobs).cpu()[: len(drawn)][first]
-    others = {
-        "when they were drawn": drawn[first],
-        "in a pass over whole rows": _row_by_row(policy, r, len(drawn)),
-    }
+    others = {"in a pass over whole rows": _row_by_row(policy, r, len(drawn))}
+    if in_process:
+        others = {"when they were drawn": drawn[first], **others}
     for when, found in others.items():
         apart, _ = ranks.mean((measured - found).double().abs())
         if not apart <= DRAWN[shortest_number(policy.base)]:

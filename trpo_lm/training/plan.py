@@ -43,7 +43,6 @@ from trpo_lm.lm.loading import (
     trainable_tensors,
     with_adapter,
 )
-from trpo_lm.lm.mdp import GENERATE_ROWS
 from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fastest, measured_costs
 from trpo_lm.lm.objective import CACHED_CHUNKS, FEWEST, SCORES, completions_in_fisher
 from trpo_lm.lm.policy import (
@@ -54,6 +53,7 @@ from trpo_lm.lm.policy import (
     recomputed,
 )
 from trpo_lm.lm.prompts import encode_prompt, load_prompts
+from trpo_lm.lm.sampling import GENERATE_ROWS
 from trpo_lm.report.format import number
 
 USABLE = 0.9  # of a device's memory; the rest is for its runtime and for fragmentation

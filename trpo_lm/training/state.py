@@ -31,7 +31,7 @@ FREE = {
     "output_dir", "run_name", "updates", "logging_steps", "eval_steps", "eval_prompts",
     "save_steps", "save_total_limit", "resume_from_checkpoint", "allow_config_change",
     "overwrite_output_dir", "report_to", "reward_timeout", "ddp_timeout", "reference",
-    "reward_models",
+    "reward_models", "rollout_servers", "rollout_timeout",
 }  # fmt: skip
 
 

@@ -121,6 +121,7 @@ class Trainer:
                 device=self.ranks.device, peft_config=peft_config, tokenizer=processing_class,
             )  # fmt: skip
             data = assembly.fit_data(data, parts, args, self.display.note)
+            self.servers = assembly.join_servers(data, parts, args, self.ranks)
         if examined.seconds > LONG:
             self.display.note(f"{len(examined.findings)} checks took {examined.seconds:.1f} s")
         self.policy, self.tokenizer = parts.policy, parts.tokenizer
@@ -217,6 +218,8 @@ class Trainer:
         """
         with ExitStack() as stack:
             stack.callback(self.rewards.close)
+            if self.servers is not None and self.ranks.main:
+                stack.callback(self.servers.withdraw)
             stack.callback(self.display.close)
             self.archive.claim(stack)
             stack.enter_context(self.interrupts)
@@ -304,8 +307,11 @@ class Trainer:
         with stage("measure"):
             batch = Batch.from_rollout(self.policy, rollout)
             row = {"update": update, **self._count(batch)}
+            if self.servers is not None:
+                metrics.check_sampler(row, algorithm.limits.max_kl)
             if update == 1:
-                metrics.check_old_policy(self.policy, batch, self.ranks)
+                here = self.servers is None
+                metrics.check_old_policy(self.policy, batch, self.ranks, in_process=here)
         with stage("values"):
             mask, valid = rollout.action_mask, rollout.scores.valid
             rewards = algorithm.rewards(batch, self.algorithm_state)
@@ -320,6 +326,9 @@ class Trainer:
             if skipped is None:
                 reduce = self.ranks.reduce
                 advantages = algorithm.advantages(rollout, rewards, values, reduce)
+                if self.servers is not None:
+                    weights = metrics.sampler_weights(batch, row, self.ranks)
+                    advantages = advantages if weights is None else advantages * weights[:, None]
                 seed = (self.args.seed, "update", update, self.ranks.rank)
                 objective = BatchObjective(self.policy, batch, advantages, reduce, seed)
                 self.algorithm_state, moved = algorithm.update(objective, self.algorithm_state)
@@ -352,6 +361,7 @@ class Trainer:
 
     def _rollout(self, update: int) -> Rollout:
         """Sample and score this rank's prompts of an update."""
+        self._publish()
         rows = assembly.prompts_of_update(update, self.args, len(self.prompts))
         prompts, columns = self.prompts.take(rows[self.ranks.rank :: self.ranks.count])
         return self.mdp.rollout(
@@ -361,7 +371,15 @@ class Trainer:
             columns=columns,
             seed=(self.args.seed, update, self.ranks.rank),
             trainer_state=self.callbacks.state,
+            sampler=self.servers,
         )
+
+    def _publish(self, version: str | None = None) -> None:
+        """Let the servers, if there are any, sample from the policy as it is."""
+        if (servers := self.servers) is not None:
+            version = version or f"{self.updates_done:06d}"
+            self.ranks.on_main(lambda: servers.publish(self.policy, version))
+            servers.name = self.ranks.share(servers.name)
 
     def _count(self, batch: Batch) -> Row:
         """Count what was sampled; return its metrics."""
@@ -372,8 +390,14 @@ class Trainer:
     def _evaluate(self, prompts: list, columns: dict, reference: bool) -> Evaluation:
         seed = (self.args.seed, "evaluate", self.ranks.rank)
         with self.stage("evaluate"), self.policy.reference() if reference else nullcontext():
-            rollout = self.mdp.rollout(self.policy, prompts, columns=columns, seed=seed)
+            self._publish("reference" if reference else None)
+            rollout = self.mdp.rollout(
+                self.policy, prompts, columns=columns, seed=seed, sampler=self.servers
+            )
             batch = Batch.from_rollout(self.policy, rollout)
+            if self.servers is not None:
+                distance = metrics.sampler_distance(batch, self.ranks)
+                metrics.check_sampler(distance, self.algorithm.limits.max_kl)
             return metrics.evaluation(batch, self.ranks)
 
     def _evaluate_update(self, row: Row) -> None:
