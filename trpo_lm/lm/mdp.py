@@ -194,10 +194,14 @@ class TokenMDP:
         length = ids.shape[1] + self.max_completion_length
         size = policy.room.tokens("rollout", length, len(ids) * length)
         rows = min(GENERATE_ROWS, size // length)
+        slices = list(_slices(len(ids), rows))
+        idle = policy.most(len(slices)) - len(slices)  # beside others that share the base
         parts = [
             self._generate(policy, ids[part], mask[part], (*seed, "generate", part.start), greedy)
-            for part in _slices(len(ids), rows)
+            for part in slices
         ]
+        for _ in range(idle):
+            self._generate(policy, ids[:1], mask[:1], (*seed, "idle"), greedy)
         sampled = torch.cat([tokens for tokens, _ in parts])
         made = self.scored(repeated, ids, mask, sampled, groups, values, trainer_state)
         return replace(made, drawn_logprobs=parts[0][1])

@@ -23,9 +23,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from trpo_lm.errors import RunFault, TrpoLMError, first_line
 from trpo_lm.lm.memory import is_full
+from trpo_lm.lm.sharding import Shards
 from trpo_lm.training.stages import Stages
 
 
@@ -61,7 +63,7 @@ class Ranks:
     """
 
     def __init__(self, timeout: float | None = None, stage: Stages | None = None):
-        self._stage = stage or Stages()
+        self._stage, self._timeout = stage or Stages(), timeout
         _answer_launcher()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         handlers = []
@@ -102,6 +104,26 @@ class Ranks:
         mean = total / count
         square = float(self.reduce((values - mean).square().sum()))
         return mean, (square / count) ** 0.5
+
+    def most(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks pass."""
+        own = torch.zeros(self.count, dtype=torch.float64)
+        own[self.rank] = number
+        return int(self.reduce(own).max())
+
+    def shards(self) -> Shards:
+        """Return the processes that hold a base together: those of a node, all if it has one.
+
+        Links within a node are fast. Weights have a process group of their own, so that none of
+        them is ever taken for a sum.
+        """
+        of_nodes = set(self.gather([int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]))
+        size = min(of_nodes)
+        if len(of_nodes) > 1 or size == 1 or self.count % size:
+            size = self.count
+        timeout = None if self._timeout is None else timedelta(seconds=self._timeout)
+        group, _ = torch.distributed.new_subgroups(size, timeout=timeout)
+        return Shards(DeviceMesh.from_group(group, self.device.type), self.most)
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Return the items of all ranks, in the order of ranks."""
