@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,24 @@ from trpo_lm.lm.loading import (
     with_adapter,
 )
 from trpo_lm.lm.memory import SHARE, Cost, Room, device_memory, fastest, measured_costs
-from trpo_lm.lm.sharding import Shards, held, largest_layer, shard_layers
 from trpo_lm.lm.shared_prefixes import Stage, share_prefixes
 
 CHUNK_ELEMENTS = 1 << 19  # numbers in one [tokens, V] chunk: 2 MB in float32, near the cache
 CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
 ELEMENTWISE = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a base is divided among processes, which then pass through it in step.
+
+    Attributes:
+        divide: Leaves this process' part of each layer of a model, on its device.
+        most: Returns the largest of the numbers that the processes of the run pass, on all of them.
+    """
+
+    divide: Callable[[Any], None]
+    most: Callable[[int], int]
 
 
 class Policy:
@@ -139,7 +152,7 @@ class Policy:
         self.sharded, self._shards = shards is not None, shards
         if shards is not None:
             self.digest = base_digest(model)
-            shard_layers(model, shards)  # moves a layer at a time
+            shards.divide(model)
         if device is not None:
             model = model.to(device)  # type: ignore[arg-type]
         self.came_with_adapter = isinstance(model, PeftModel)
@@ -164,7 +177,7 @@ class Policy:
         self._window = attention_window(self.base.config.get_text_config())
         self._examine()
         weights = sum(held(p).nbytes for p in self.model.parameters())
-        gathered = 2 * largest_layer(self.base)  # one in use, one on its way
+        gathered = largest_gathered(self.base)
         budget = SHARE * (device_memory(self.device) - weights - gathered)
         self.room = Room(budget, self._costs(), micro_batch_tokens, fastest(self.device))
 
@@ -567,6 +580,21 @@ class Policy:
             held = 0
         config = self.base.config.get_text_config()
         return held / ids.numel() or 2 * config.hidden_size * config.num_hidden_layers * 4
+
+
+def held(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, which may be divided among several."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def largest_gathered(model: torch.nn.Module) -> int:
+    """Return the bytes that a pass gathers of divided layers: the largest, and one on its way."""
+    divided = (
+        sum(p.nbytes for p in m.parameters() if held(p) is not p)
+        for m in model.modules()
+        if isinstance(m, GradientCheckpointingLayer)
+    )
+    return 2 * max(divided, default=0)
 
 
 def elementwise_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -28,11 +28,10 @@ from trpo_lm.lm.examination import (
 from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
 from trpo_lm.lm.loading import as_tokenizer, dtype_name, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
-from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.policy import Policy, Shards
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, Prompts, check_prompts, load_prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards
-from trpo_lm.lm.sharding import Shards
 from trpo_lm.seeds import generator
 from trpo_lm.training.folder import Settings
 

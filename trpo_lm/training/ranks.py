@@ -23,11 +23,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from trpo_lm.errors import RunFault, TrpoLMError, first_line
 from trpo_lm.lm.memory import is_full
-from trpo_lm.lm.sharding import Shards
 from trpo_lm.training.stages import Stages
 
 
@@ -63,7 +61,7 @@ class Ranks:
     """
 
     def __init__(self, timeout: float | None = None, stage: Stages | None = None):
-        self._stage, self._timeout = stage or Stages(), timeout
+        self._stage = stage or Stages()
         _answer_launcher()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         handlers = []
@@ -110,20 +108,6 @@ class Ranks:
         own = torch.zeros(self.count, dtype=torch.float64)
         own[self.rank] = number
         return int(self.reduce(own).max())
-
-    def shards(self) -> Shards:
-        """Return the processes that hold a base together: those of a node, all if it has one.
-
-        Links within a node are fast. Weights have a process group of their own, so that none of
-        them is ever taken for a sum.
-        """
-        of_nodes = set(self.gather([int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]))
-        size = min(of_nodes)
-        if len(of_nodes) > 1 or size == 1 or self.count % size:
-            size = self.count
-        timeout = None if self._timeout is None else timedelta(seconds=self._timeout)
-        group, _ = torch.distributed.new_subgroups(size, timeout=timeout)
-        return Shards(DeviceMesh.from_group(group, self.device.type), self.most)
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Return the items of all ranks, in the order of ranks."""
@@ -254,12 +238,17 @@ def _answer_launcher() -> None:
     }  # fmt: skip
     refused = [f"{k} {v}" for k, v in asked.items() if v not in ("", "no", "false", "0", "1")]
     if refused:
+        dividing = {"use_fsdp", "use_deepspeed", "use_megatron_lm", "use_parallelism_config"}
+        instead = "the adapters train in float32, and dtype is the precision of the base"
+        if dividing & {name.split()[0] for name in refused}:
+            instead = (
+                "shard_base divides the frozen base among the processes of a node, the batch is "
+                "divided anyway, and gradient_checkpointing and micro_batch_tokens save memory"
+            )
         raise TrpoLMError(
             f"the launcher's settings ask for {', '.join(refused)}, which a run does not do",
             where="launcher",
-            hint="every process holds the whole base and the adapters train in float32: launch "
-            "without it (accelerate launch --mixed_precision no); dtype is the precision of the "
-            "base, gradient_checkpointing and micro_batch_tokens save memory",
+            hint=f"launch without (accelerate launch --multi_gpu --mixed_precision no); {instead}",
         )
 
 

@@ -54,6 +54,7 @@ from trpo_lm.training.memory import halved_if_full
 from trpo_lm.training.metrics import Evaluation
 from trpo_lm.training.plan import Plan, longest_prompt, make_plan, processes, rewards_score_prefixes
 from trpo_lm.training.ranks import Ranks, SharedFault
+from trpo_lm.training.sharding import shards_of
 from trpo_lm.training.stages import Stages
 from trpo_lm.training.state import TrainState, flat, restore, snapshot
 
@@ -114,7 +115,7 @@ class Trainer:
         )
         algorithm = algorithm or TRPO()
         needed = args if algorithm.needs_critic else replace(args, critic="none")
-        shards = self.ranks.shards() if args.shard_base and self.ranks.count > 1 else None
+        shards = shards_of(self.ranks, args.ddp_timeout) if args.shard_base else None
         if args.shard_base and shards is None:
             self.display.note("shard_base: one process holds the whole base, as without it")
         with examination() as examined:
