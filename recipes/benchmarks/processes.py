@@ -15,14 +15,14 @@ torch's calls: of an all-gather all but its own part, of a sum 2 (n - 1) / n of 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import resource
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import count, pairwise
 from pathlib import Path
-from tempfile import mkdtemp
+from time import perf_counter, process_time
 
 import torch
 from torch import distributed
@@ -49,8 +49,9 @@ def main() -> None:
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     args = TrainerConfig(
-        output_dir=mkdtemp(), updates=1, prompts_per_update=a.prompts, shard_base=a.shard_base,
+        output_dir=str(out / "run"), updates=1, prompts_per_update=a.prompts,
         completions_per_prompt=a.each, max_completion_length=a.length, critic="value_head",
+        shard_base=a.shard_base,
     )  # fmt: skip
     algorithm = TRPO(fisher_completions=a.fisher_completions, max_ref_kl=0.05)
     made = Trainer(a.model, load_reward(a.reward_function), a.dataset, args, algorithm=algorithm)
@@ -58,7 +59,7 @@ def main() -> None:
     loaded, most_loaded = resident()
     sample, file = made._rollout, out / "completions.pt"
     if not file.exists():  # the first batch whose scores differ: others would be skipped
-        tried = ((update, sample(update)) for update in itertools.count(1))
+        tried = ((update, sample(update)) for update in count(1))
         update, found = next((u, r) for u, r in tried if len(set(r.scores.score.tolist())) > 1)
         torch.save((update, replace(found, drawn_logprobs=None)), file)
     update, every = torch.load(file, weights_only=False)
@@ -67,18 +68,21 @@ def main() -> None:
 
     def rollout(update: int) -> Rollout:
         sample(update)
+        times.append(clock())
         received["sampling"] = received["all"]
         rows = (every.groups % ranks.count == ranks.rank).nonzero()[:, 0].tolist()
         return share(every, rows)
 
-    made._rollout = rollout
+    made._rollout, times = rollout, [clock()]
     row, _ = made.train_step()
+    times.append(clock())
+    spent = [[round(b - a, 1) for a, b in zip(*pair, strict=True)] for pair in pairwise(times)]
     theta = made.policy.parameters.vector()
     name = f"{ranks.count}{'-sharded' if made.policy.sharded else ''}"
     told = {
         "processes": name,
         "rank": ranks.rank,
-        "seconds": {k: round(made.stage.seconds[k], 1) for k in ("rollout", "measure", "update")},
+        "seconds and CPU seconds": dict(zip(("sampling", "the rest"), spent, strict=True)),
         "MiB after loading": round(loaded / MIB),
         "MiB while loading": round(most_loaded / MIB),
         "MiB at the most": round(resident()[1] / MIB),
@@ -95,6 +99,11 @@ def main() -> None:
             "relative to the step": float((theta - first).norm() / (first - start).norm()),
         }
         print(json.dumps(apart), flush=True)
+
+
+def clock() -> tuple[float, float]:
+    """Return the time, and the CPU time of this process, in seconds."""
+    return perf_counter(), process_time()
 
 
 def resident() -> tuple[int, int]:

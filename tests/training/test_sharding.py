@@ -113,8 +113,8 @@ def test_each_node_holds_a_base_of_its_own():
 def trained(folder, sharded, **options):
     os.fsync = lambda descriptor: None
     made = runs.trainer(
-        folder, model=tiny.build("llama", dtype=torch.float64), shard_base=sharded, prompts_per_update=7,
-        completions_per_prompt=1, save_steps=2, evals=runs.HELD_OUT, eval_steps=2, **options,
+        folder, model=tiny.build("llama", dtype=torch.float64), shard_base=sharded,
+        prompts_per_update=7, completions_per_prompt=1, save_steps=2, evals=runs.HELD_OUT, eval_steps=2, **options,
     )  # fmt: skip
     made.display.samples_due = lambda update: made.ranks.main and update == 1
     assert made.policy.sharded == sharded
