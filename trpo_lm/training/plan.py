@@ -572,13 +572,9 @@ class _Run:
         T, V = self.args.max_completion_length, s.vocabulary
         share = completions_in_fisher(wanted, N * self.processes, T) / self.processes
         rows = min(N, math.ceil(share))
-        fits = self.sharers == 1 and room.holds("fisher", rows * length, length)
-        while (
-            self.sharers == 1
-            and not (fits and s.exact)
-            and wanted is None
-            and rows > FEWEST / self.processes
-        ):
+        whole, fewest = self.sharers == 1, FEWEST / self.processes
+        fits = whole and room.holds("fisher", rows * length, length)
+        while whole and not (fits and s.exact) and wanted is None and rows > fewest:
             rows = math.ceil(rows / 2)
             fits = room.holds("fisher", rows * length, length)
         each = min(rows, max(1, room.tokens("fisher", length, rows * length) // length))
