@@ -114,7 +114,8 @@ def trained(folder, sharded, **options):
     os.fsync = lambda descriptor: None
     made = runs.trainer(
         folder, model=tiny.build("llama", dtype=torch.float64), shard_base=sharded,
-        prompts_per_update=7, completions_per_prompt=1, save_steps=2, evals=runs.HELD_OUT, eval_steps=2, **options,
+        prompts_per_update=7, completions_per_prompt=1, save_steps=2, evals=runs.HELD_OUT,
+        eval_steps=2, **options,
     )  # fmt: skip
     made.display.samples_due = lambda update: made.ranks.main and update == 1
     assert made.policy.sharded == sharded
@@ -132,7 +133,7 @@ def several(folder):
 
 @distributed
 def test_runs_on_a_sharded_base_take_the_same_steps_and_resume(tmp_path):
-    assert same(processes.ranks(2, several, tmp_path)) == [True, True]
+    assert same(processes.ranks(2, several, tmp_path, timeout=600)) == [True, True]
     one, two = tmp_path / "whole", tmp_path / "sharded"
     assert runs.completions(one) == runs.completions(two)
     for key, tensor in runs.tensors(one).items():  # float64: CG amplifies the order of sums
