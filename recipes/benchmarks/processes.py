@@ -126,7 +126,7 @@ def counted(processes: int) -> Counter[str]:
     ring = 2 * (processes - 1) / processes
     sizes = {
         "all_reduce": lambda tensor, *_, **__: int(ring * tensor.nbytes),
-        "all_gather_into_tensor": lambda output_tensor, input_tensor, *_, **__: (
+        "all_gather_single": lambda output_tensor, input_tensor, *_, **__: (
             output_tensor.nbytes - input_tensor.nbytes
         ),
     }

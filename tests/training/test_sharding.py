@@ -102,7 +102,7 @@ def test_a_sharded_base_has_the_numbers_of_a_whole_one(kind, adapter, options):
 
 @distributed
 def test_each_node_holds_a_base_of_its_own():
-    for apart, share in same(processes.ranks(4, compared, "llama", "new", {}, 2)):
+    for apart, share in same(processes.ranks(4, compared, "llama", "new", {}, 2, timeout=600)):
         assert max(apart.values()) < 1e-10, apart
         assert 0.4 < share < 0.6  # of two processes, not of four
 
