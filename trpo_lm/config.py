@@ -410,6 +410,11 @@ class TrainerConfig(ModelSettings):
         "default: torch's, 1800 with gloo and 600 with NCCL",
     )
     gradient_checkpointing: bool = option(False, "recompute activations in backward passes")
+    shard_base: bool = option(
+        False,
+        "share the layers of the frozen base out over the processes of each node, or over all "
+        "where a node has one; every pass gathers them, and sampling is slow",
+    )
     logging_steps: int = option(1, "updates between two log lines")
     eval_steps: int = option(
         0, "updates between two evaluations on held-out prompts; 0: only at the end"
@@ -471,6 +476,10 @@ class TrainerConfig(ModelSettings):
                 "truncated_penalty": (
                     _number(self.truncated_penalty, least=0),
                     "a number of at least 0",
+                ),
+                "shard_base": (
+                    not (self.shard_base and (self.load_in_4bit or self.load_in_8bit)),
+                    "False where the base is quantised: load it in bfloat16, or quantise it whole",
                 ),
                 "on_bad_reward": (self.on_bad_reward in ("error", "skip"), "'error' or 'skip'"),
                 "reward_weights": (

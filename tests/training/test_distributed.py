@@ -371,7 +371,7 @@ import os, pathlib, runs
 killed = runs.Killer(5) if os.environ.get("RANK") == {rank!r} else runs.score
 killed.__name__ = "score"
 made = runs.trainer(pathlib.Path({folder!r}), reward=killed, prompts_per_update=7, save_steps=2,
-                    resume_from_checkpoint="auto")
+                    resume_from_checkpoint="auto", shard_base={shard})
 made.train()
 print("rank", os.environ["RANK"], "ends with", made.policy.parameters.checksum(), flush=True)
 """
@@ -409,9 +409,9 @@ def start(words, script, log, **places):
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
 
 
-def write_script(log, folder, rank):
+def write_script(log, folder, rank, *, shard=False):
     script, config = log.with_suffix(".py"), log.with_suffix(".yaml")
-    script.write_text(SCRIPT.format(here=str(HERE), rank=rank, folder=str(folder)))
+    script.write_text(SCRIPT.format(here=str(HERE), rank=rank, folder=str(folder), shard=shard))
     config.write_text(CONFIG)
     return script
 
@@ -452,10 +452,10 @@ def test_D02_D05_under_accelerate_launch_with_a_rank_that_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", list(NODES))
-def test_two_launchers_are_two_nodes_of_one_run(tmp_path, launcher):
+@pytest.mark.parametrize(("launcher", "shard"), [("accelerate", True), ("torchrun", False)])
+def test_two_launchers_are_two_nodes_of_one_run(tmp_path, launcher, shard):
     folder, port = tmp_path / "run", processes.free_port()
-    script = write_script(tmp_path / "launch.log", folder, "none")
+    script = write_script(tmp_path / "launch.log", folder, "none", shard=shard)
     logs = [tmp_path / f"node{node}.log" for node in range(2)]
     nodes = [
         start(NODES[launcher], script, log, port=port, node=node) for node, log in enumerate(logs)
@@ -466,6 +466,7 @@ def test_two_launchers_are_two_nodes_of_one_run(tmp_path, launcher):
     for node, text in enumerate(told):
         assert f"rank {node} ends with {checksum(folder)}" in text
     assert "update 6/6" in told[0] and "update" not in told[1]
+    assert ("forward (exact, nothing is kept; the base is sharded" in told[0]) == shard
     assert [row["completions"] for row in runs.rows(folder)] == list(range(14, 85, 14))
 
 

@@ -35,6 +35,7 @@ def test_B19_a_home_folder_is_the_users(tmp_path, monkeypatch):
         ("MIXED_PRECISION", "bf16"), ("MIXED_PRECISION", "fp16"), ("MIXED_PRECISION", "fp8"),
         ("USE_FSDP", "true"), ("USE_DEEPSPEED", "true"), ("USE_MEGATRON_LM", "true"),
         ("DYNAMO_BACKEND", "INDUCTOR"), ("GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("USE_PARALLELISM_CONFIG", "true"),
     ],
 )  # fmt: skip
 def test_B19_what_a_launcher_asks_for_is_answered(tmp_path, monkeypatch, name, value):
@@ -42,6 +43,9 @@ def test_B19_what_a_launcher_asks_for_is_answered(tmp_path, monkeypatch, name, v
     with pytest.raises(TrpoLMError, match=f"{name.lower()} {value.lower()}") as caught:
         trainer(tmp_path, **SMALL)
     assert caught.value.where == "launcher"
+    divides = name.startswith("USE_")  # FSDP, DeepSpeed, tensor parallelism
+    assert ("shard_base" in caught.value.hint) == divides, caught.value.hint
+    assert ("dtype" in caught.value.hint) != divides
 
 
 @pytest.mark.parametrize(

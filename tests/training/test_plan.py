@@ -21,7 +21,7 @@ from trpo_lm.config import TrainerConfig
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.memory import PHASES, device_memory, saved_bytes
 from trpo_lm.lm.policy import Policy
-from trpo_lm.training.plan import QUANTISED, Plan, make_plan, read_bytes
+from trpo_lm.training.plan import QUANTISED, Plan, _alternatives, _Run, make_plan, read_bytes
 from trpo_lm.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -221,3 +221,37 @@ def test_the_recipe_says_it_and_loads_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "fits: yes" in done.stdout and "Fisher, retained" in done.stdout
+
+
+# ---------------------------------------------------------------- a base that is shared out
+
+
+@pytest.mark.parametrize("on_node", [1, 4])
+def test_a_sharded_base_is_planned_as_the_part_that_a_process_holds(monkeypatch, on_node):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_node))
+    args = {"prompts_per_update": 64, "max_completion_length": 64}
+
+    def of(processes, **settings):
+        made = TrainerConfig(**args, **settings)
+        return make_plan(LARGE, made, memory="24GiB", prompt_length=64, processes=processes)
+
+    whole, parted = of(8), of(8, shard_base=True)
+    sharers = 8 if on_node == 1 else 4
+    assert f"among {sharers} processes" in str(parted)
+    all_, held = sizes(whole)["weights"], sizes(parted)["weights"]
+    layers = (all_ - held) / (1 - 1 / sharers - 2 / 4)  # two of the four layers are gathered
+    assert all_ - layers == pytest.approx(2 * 32000 * 2048 * 2, rel=0.01)  # embeddings and head
+    assert (whole.product, parted.product) == ("retained", "forward")
+    assert sizes(of(1, shard_base=True)) == sizes(of(1))
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_several_processes_are_advised_to_share_the_base_out(processes):
+    run = _Run(
+        LARGE, TrainerConfig(), PPO(), None, torch.device("meta"), memory=1e9, prompt=64,
+        scores_prefixes=False, processes=processes, known={},
+    )  # fmt: skip
+    advised = [set(flags) for flags, _ in _alternatives(run)]
+    assert any("--shard_base" in flags for flags in advised) == (processes > 1)
+    assert not any({"--shard_base", "--load_in_4bit"} <= flags for flags in advised)
+    assert any("--load_in_4bit" in flags for flags in advised)

@@ -5,8 +5,8 @@
     R(theta) = E_{y ~ pi_theta}[ sum_t KL(pi_theta ‖ pi_ref) ]     exact per state
     step     = argmax g.x   s.t.  1/2 x.Fx <= max_kl,  k + b.x + 1/2 x.Fx <= max_ref_kl
 
-with g = grad (L - price R), b = grad R, k = R, F = Hessian of D, all at theta_old. E is the mean over
-completions of a sum over their tokens. `TRPO.update` reads in that order: `lm/objective.py` works
+with g = grad (L - price R), b = grad R, k = R, F = Hessian of D, all at theta_old. E is the mean
+over completions of a sum over their tokens. `TRPO.update` reads in that order: `lm/objective.py` works
 the quantities out on a batch, `core/adaptation.py` says how far to trust them, and
 `core/natural_step.py` takes the step.
 

@@ -33,9 +33,14 @@ def token_logprobs(logprobs: Tensor, actions: Tensor) -> Tensor:
 def entropy(logprobs: Tensor) -> Tensor:
     """Return H(pi) per state in nats; `logprobs` (..., V), impossible tokens (-inf) add 0."""
     finite = logprobs
-    if logprobs.amin() == -torch.inf:
+    if _some_impossible(logprobs):
         finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
     return -(logprobs.exp() * finite).sum(-1)
+
+
+def _some_impossible(logprobs: Tensor) -> bool:
+    """Return whether some probability is zero."""
+    return logprobs.numel() > 0 and bool(logprobs.amin() == -torch.inf)
 
 
 def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
@@ -54,11 +59,13 @@ def categorical_kl(*, old: Tensor, new: Tensor) -> Tensor:
         KL in nats, shape (...); +inf where q is zero and p is not. Differentiable in both.
     """
     gap = new - old
+    if not gap.numel():  # of no states
+        return gap.sum(-1)
     low, high = gap.detach().aminmax()
     if low > -80.0 and high < 80.0:  # q - p = p expm1(log q - log p) does not overflow
         return torch.linalg.vecdot(old.exp(), torch.expm1(gap) - gap)
     p, gap = old.exp(), -gap
-    if old.amin() == -torch.inf:  # 0 log 0 = 0, also where q is zero as well
+    if _some_impossible(old):  # 0 log 0 = 0, also where q is zero as well
         gap = torch.where(old == -torch.inf, 2.0, old.masked_fill(old == -torch.inf, 0.0) - new)
     small = gap.clamp(-1.0, 1.0)  # beyond, nothing cancels, and expm1 may overflow
     near, far = p * (small + torch.expm1(-small)), p * gap + (new.exp() - p)
@@ -87,7 +94,7 @@ def kl_gradient(logprobs: Tensor, ref_logprobs: Tensor, actions: Tensor, weights
         weights: w_t, (S,).
     """
     p, gap = logprobs.exp(), logprobs - ref_logprobs
-    if logprobs.amin() == -torch.inf:
+    if _some_impossible(logprobs):
         gap = gap.masked_fill(logprobs == -torch.inf, 0.0)
     weights = weights.to(p).unsqueeze(-1)
     cost = torch.linalg.vecdot(p, gap).unsqueeze(-1) + weights

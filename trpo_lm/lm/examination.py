@@ -410,7 +410,7 @@ def stages_agree(
 
 
 def product_is_right(
-    theta: ParameterVector, features: Callable[[], Tensor], jvp: Linear, *, quantised: bool
+    theta: ParameterVector, features: Callable[[], Tensor], jvp: Linear, known: str | None
 ) -> str | None:
     """Fisher products exist and are right.
 
@@ -422,10 +422,11 @@ def product_is_right(
         theta: The parameters.
         features: A pass over the probe, with a graph to them.
         jvp: v -> J v of that pass.
-        quantised: Whether its kernels may be differentiable once only, and not say so.
+        known: Why they cannot be, where that is known: kernels may be differentiable once only, and
+            not say so.
     """
-    if quantised:
-        return "the weights are quantised"
+    if known is not None:
+        return known
     with moved(theta):
         outputs = features()
         u = _random(outputs)

@@ -180,7 +180,8 @@ class BatchObjective:
         policy, length = self.policy, self.batch.rollout.attention_mask.sum(-1)
         fewest = FEWEST * len(length) / self.N
         kind = choose_product(policy, length[rows])[0]
-        while kind != "retained" and not fixed and len(rows) > fewest:
+        able = "retained" in policy.exact_products
+        while kind != "retained" and able and not fixed and len(rows) > fewest:
             rows = rows[: math.ceil(len(rows) / 2)]
             kind = choose_product(policy, length[rows])[0]
         others = float(kind != "retained")  # on any rank: then on all
@@ -196,7 +197,8 @@ class BatchObjective:
         """
         policy, r, theta = self.policy, self.batch.rollout, self.theta
         noise = generator(*self.seed, "scores")  # type: ignore[misc]
-        groups = torch.arange(len(r)).tensor_split(math.ceil(min(1.0, draws / self.N) * len(r)))
+        count = math.ceil(min(1.0, draws / self.N) * len(r))
+        groups = policy.in_step(torch.arange(len(r)).tensor_split(count))
         S = torch.zeros(len(groups), len(theta), device=policy.device, dtype=theta.tensors[0].dtype)
 
         def slope(logprobs: Tensor, s: slice) -> list[Tensor]:

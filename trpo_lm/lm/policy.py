@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ from trpo_lm.lm.examination import (
     rows_agree,
     stages_agree,
 )
+from trpo_lm.lm.identity import base_digest
 from trpo_lm.lm.loading import (
     attention_window,
     context_length,
@@ -76,6 +78,19 @@ CHUNK_STATES = 64  # at least: the output layer's weights are read once a chunk
 ELEMENTWISE = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
+@dataclass(frozen=True)
+class Shards:
+    """How a base is divided among processes, which then pass through it in step.
+
+    Attributes:
+        divide: Leaves this process' part of each layer of a model, on its device.
+        most: Returns the largest of the numbers that the processes of the run pass, on all of them.
+    """
+
+    divide: Callable[[Any], None]
+    most: Callable[[int], int]
+
+
 class Policy:
     """A causal LM with trainable adapters, seen as a distribution over next tokens.
 
@@ -90,10 +105,14 @@ class Policy:
         seed: The adapters' initial values derive from it.
         device: Where to put the model; None leaves it where it is.
         micro_batch_tokens: Most tokens of one pass; None: as many as memory allows.
+        shards: Processes that hold the base together; None: it is whole. Each of them then makes
+            the same passes: every method that runs the model is called on all, in the same order.
 
     Attributes:
         model: The PeftModel; `base` is the causal LM inside it.
         quantized: Whether weights of the base are quantised, by whatever library.
+        sharded: Whether this process holds a part of the base only.
+        digest: Of a sharded base, by `identity.base_digest`, when it was whole; None otherwise.
         parameters: theta, M numbers.
         head: The frozen output layer; None where the features are logits.
         shares_prefixes: Whether what rows begin with is computed once.
@@ -120,6 +139,7 @@ class Policy:
         seed: int = 0,
         device: torch.device | str | None = None,
         micro_batch_tokens: int | None = None,
+        shards: Shards | None = None,
     ):
         self.name = model if isinstance(model, str) else model.config.name_or_path or "model"
         settings = settings or ModelSettings()
@@ -128,6 +148,11 @@ class Policy:
         else:
             require_no_loading(model, settings)
         require_single_device(model)
+        self.quantized, self.digest = is_quantized(model), None
+        self.sharded, self._shards = shards is not None, shards
+        if shards is not None:
+            self.digest = base_digest(model)
+            shards.divide(model)
         if device is not None:
             model = model.to(device)  # type: ignore[arg-type]
         self.came_with_adapter = isinstance(model, PeftModel)
@@ -135,7 +160,6 @@ class Policy:
         plain = every_position_has_logits, rows_agree, future_is_unseen, a_token_can_be_sampled
         for check in plain:
             examine(check, self.base.eval())
-        self.quantized = is_quantized(model)
         self.model = with_adapter(model, peft_config, settings, seed=seed)
         self.temperature = temperature
         self.recomputes = self._recompute = False  # activations, in the backward pass
@@ -152,8 +176,9 @@ class Policy:
         self.shares_prefixes = False
         self._window = attention_window(self.base.config.get_text_config())
         self._examine()
-        weights = sum(p.nbytes for p in self.model.parameters())
-        budget = SHARE * (device_memory(self.device) - weights)
+        weights = sum(held(p).nbytes for p in self.model.parameters())
+        gathered = largest_gathered(self.base)
+        budget = SHARE * (device_memory(self.device) - weights - gathered)
         self.room = Room(budget, self._costs(), micro_batch_tokens, fastest(self.device))
 
     @property
@@ -217,15 +242,37 @@ class Policy:
         shared, self.passes[0] = None, self.passes[0] + len(input_ids)
         if self.shares(input_ids.shape[1]) and not self._recompute:
             shared = share_prefixes(input_ids, attention_mask, state_mask)
+        idle = self._idle(1 if shared is None else len(shared.stages))
         if shared is None:
             mask = attention_mask.to(self.device)
-            hidden, features = self._outputs(input_ids.to(self.device), mask, state_mask)
-            return hidden.detach(), features
-        cache = DynamicCache()
-        parts = [self._run_stage(stage, cache) for stage in shared.stages]
-        order = shared.order.to(self.device)
-        hidden, features = (torch.cat(p)[order] for p in zip(*parts, strict=True))
+            parts = [self._outputs(input_ids.to(self.device), mask, state_mask)]
+        else:
+            cache = DynamicCache()
+            parts = [self._run_stage(stage, cache) for stage in shared.stages]
+        parts += [self._outputs(*one) for one in idle]  # without a state
+        hidden, features = (p[0] if len(p) == 1 else torch.cat(p) for p in zip(*parts, strict=True))
+        if shared is not None:
+            order = shared.order.to(self.device)
+            hidden, features = hidden[order], features[order]
         return hidden.detach(), features
+
+    def most(self, count: int) -> int:
+        """Return the largest count of any process that shares the base; else the count itself."""
+        return count if self._shards is None else self._shards.most(count)
+
+    def in_step(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return parts of a batch, and empty ones for the passes that only other processes make.
+
+        Args:
+            parts: Rows that go through the model together, (n,) each.
+        """
+        missing = self.most(len(parts)) - len(parts)
+        return [*parts, *(torch.zeros(0, dtype=torch.long) for _ in range(missing))]
+
+    def _idle(self, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the inputs of passes that add nothing, as many as others have beyond a count."""
+        ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        return [(ids, ids, torch.zeros_like(ids).bool())] * (self.most(count) - count)
 
     def shares(self, tokens: int) -> bool:
         """Return whether what rows of so many tokens begin with is computed once.
@@ -252,9 +299,11 @@ class Policy:
         """
         states = torch.zeros_like(mask, dtype=torch.bool)
         states[:, -2:-1] = mask[:, -2:-1].bool()
-        if not self.shares(ids.shape[1] + follow):
-            return None
-        shared = share_prefixes(ids[:, :-1], mask[:, :-1], states[:, :-1])
+        shared = None
+        if self.shares(ids.shape[1] + follow):
+            shared = share_prefixes(ids[:, :-1], mask[:, :-1], states[:, :-1])
+        for one in self._idle(0 if shared is None else len(shared.stages)):
+            self._outputs(*one)
         if shared is None:
             return None
         cache, laid = DynamicCache(), ids[:0]
@@ -374,9 +423,9 @@ class Policy:
         return cotangent / self.temperature
 
     def chunks(self, count: int) -> Iterator[slice]:
-        """Cut `count` states into slices whose [states, V] tensors are one chunk each."""
+        """Cut states into slices, one at least, whose [states, V] tensors are one chunk each."""
         size = max(CHUNK_STATES, CHUNK_ELEMENTS // self.vocabulary_size)
-        return (slice(i, min(i + size, count)) for i in range(0, count, size))
+        return (slice(i, min(i + size, count)) for i in range(0, max(count, 1), size))
 
     @torch.no_grad()
     def cotangents(
@@ -477,8 +526,11 @@ class Policy:
         fault = examine(stages_agree, self.base, lambda: in_stages(False), lambda: in_stages(True))
         self.shares_prefixes = fault is None
         products = {"retained": retained, "forward": lambda v: self.jvp(v, *probe)}
+        known = {name: "the weights are quantised" for name in products if self.quantized}
+        if self.sharded:
+            known["retained"] = "the base is sharded: its weights are gone behind a pass"
         faults = {
-            name: examine(product_is_right, theta, features, jvp, quantised=self.quantized, of=name)
+            name: examine(product_is_right, theta, features, jvp, known.get(name), of=name)
             for name, jvp in products.items()
         }
         self.exact_products = [name for name, fault in faults.items() if fault is None]
@@ -513,7 +565,7 @@ class Policy:
             passes["recomputed"] = self.features
         return measured_costs(
             {name: lambda n, run=run: run(*self._probe_rows(n)) for name, run in passes.items()},
-            self.model.parameters(),
+            [held(p) for p in self.model.parameters()],
             longest=self.context_length,
             layers=getattr(self.base.config.get_text_config(), "num_hidden_layers", 1),
             cached=self._cache_bytes(),
@@ -532,6 +584,21 @@ class Policy:
             held = 0
         config = self.base.config.get_text_config()
         return held / ids.numel() or 2 * config.hidden_size * config.num_hidden_layers * 4
+
+
+def held(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, which may be divided among several."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def largest_gathered(model: torch.nn.Module) -> int:
+    """Return the bytes that a pass gathers of divided layers: the largest, and one on its way."""
+    divided = (
+        sum(p.nbytes for p in m.parameters() if held(p) is not p)
+        for m in model.modules()
+        if isinstance(m, GradientCheckpointingLayer)
+    )
+    return 2 * max(divided, default=0)
 
 
 def elementwise_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -85,7 +85,8 @@ class Rollout:
     def token_index(self, rows: Tensor) -> Tensor:
         """Return the flat indices of the action tokens of some rows, row by row."""
         start = self.lengths.cumsum(0) - self.lengths
-        return torch.cat([torch.arange(s, s + n) for s, n in self._spans(start, rows)])
+        spans = (torch.arange(s, s + n) for s, n in self._spans(start, rows))
+        return torch.cat([torch.zeros(0, dtype=torch.long), *spans])
 
     def _spans(self, start: Tensor, rows: Tensor) -> Iterator[tuple[int, int]]:
         return zip(start[rows].tolist(), self.lengths[rows].tolist(), strict=True)
@@ -152,7 +153,14 @@ class Rollout:
         return parts
 
     def model_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return input_ids, attention_mask and state_mask of some rows, padding cut off."""
+        """Return input_ids, attention_mask and state_mask of some rows, padding cut off.
+
+        Of no rows, one token and no state: a pass that adds nothing.
+        """
+        if not len(rows):
+            last = self.input_ids.shape[1] - self.action_mask.shape[1]  # of the first prompt
+            ids, one = self.input_ids[:1, last - 1 : last], torch.ones(1, 1, dtype=torch.long)
+            return ids, one, torch.zeros(1, 1, dtype=torch.bool)
         ids, mask, action = self.input_ids[rows], self.attention_mask[rows], self.action_mask[rows]
         states = torch.zeros_like(mask, dtype=torch.bool)
         T = action.shape[1]
@@ -265,14 +273,15 @@ def micro_batches(
         rows: Which completions; all when None.
 
     Returns:
-        Pairs of row indices and the indices of their tokens in the flat order.
+        Pairs of row indices and the indices of their tokens in the flat order; both are empty in
+        passes that only other processes make, which share the base with this one.
     """
     lengths = rollout.attention_mask.sum(-1)
     size = policy.room.tokens(phase, int(lengths.max()), int(lengths.sum()))
     shared = policy.shares(rollout.input_ids.shape[1])
     shared = shared and not (phase == "gradient" and policy.recomputes)
     held = math.inf if policy.room.most else policy.room.fits(phase, int(lengths.max()))
-    for part in rollout.micro_batches(size, rows, shared=shared, held=held):
+    for part in policy.in_step(rollout.micro_batches(size, rows, shared=shared, held=held)):
         yield part, rollout.token_index(part)
 
 

@@ -133,10 +133,13 @@ class InProcess:
             eos_token_id=list(stop_ids) or None,
             pad_token_id=self.pad_token_id,
         )
+        slices = list(_slices(len(ids), min(GENERATE_ROWS, size // length)))
         parts = [
             self._generate(ids[part], mask[part], config, (*seed, "generate", part.start))
-            for part in _slices(len(ids), min(GENERATE_ROWS, size // length))
+            for part in slices
         ]
+        for _ in range(self.policy.most(len(slices)) - len(slices)):  # others share the base
+            self._generate(ids[:1], mask[:1], config, (*seed, "idle"))
         return Drawn(torch.cat([part.tokens for part in parts]), parts[0].logprobs)
 
     @torch.no_grad()

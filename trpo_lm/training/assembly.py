@@ -29,7 +29,7 @@ from trpo_lm.lm.examination import (
 from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest
 from trpo_lm.lm.loading import as_tokenizer, dtype_name, quiet_loading
 from trpo_lm.lm.mdp import TokenMDP, end_token_ids
-from trpo_lm.lm.policy import Policy
+from trpo_lm.lm.policy import Policy, Shards
 from trpo_lm.lm.prompts import TEMPLATE_COLUMNS, Prompts, check_prompts, load_prompts
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards
@@ -75,6 +75,7 @@ def assemble(
     device: torch.device,
     peft_config: PeftConfig | None = None,
     tokenizer: Any = None,
+    shards: Shards | None = None,
 ) -> Parts:
     """Load a model and build a run's parts around it.
 
@@ -86,6 +87,7 @@ def assemble(
         peft_config: Adapter to train; the LoRA of `args` when None.
         tokenizer: One, a processor that has one, or the name or path of either; the model's own
             when None.
+        shards: Processes that hold the base together; None: this one holds it whole.
 
     Raises:
         TrpoLMError: If the model or its tokenizer cannot be used.
@@ -100,6 +102,7 @@ def assemble(
             seed=args.seed,
             device=device,
             micro_batch_tokens=args.micro_batch_tokens,
+            shards=shards,
         )
         tokenizer = as_tokenizer(policy.name if tokenizer is None else tokenizer)
     mdp = TokenMDP(
@@ -355,7 +358,7 @@ def digests(parts: Parts, base: str | None = None) -> Settings:
     rewards      reward models; None for a function
     """
     policy = parts.policy
-    base = reference = base or base_digest(policy.model)
+    base = reference = base or policy.digest or base_digest(policy.model)
     if policy.came_with_adapter:
         adapter = ((str(i), p) for i, p in enumerate(policy.parameters.tensors))
         reference = f"{base}+{tensors_digest(adapter)}"
@@ -374,8 +377,10 @@ def reward_digests(rewards: Rewards) -> list[str | None]:
 
 def unsaved_model_note(model: Any, policy: Policy) -> str | None:
     """Say if a model was passed as an object that no files under its name equal."""
-    if isinstance(model, str) or policy.quantized or equals_files(policy.model, policy.name):
-        return None  # what is quantised can be compared when it is loaded again only
+    if isinstance(model, str) or policy.quantized or policy.sharded:
+        return None  # these can be compared when they are loaded again only
+    if equals_files(policy.model, policy.name):
+        return None
     return (
         f"the model is an object, and no files under its name, {policy.name!r}, equal it: to open "
         "this run again, save the model first and train it from its folder"

@@ -338,8 +338,7 @@ def check_old_policy(
 def _row_by_row(policy: Policy, rollout: Rollout, count: int) -> Tensor:
     """Return log pi(a_t|s_t) of the first completions, each in a pass of its own, (S',)."""
     found = []
-    for row in range(count):
-        rows = torch.tensor([row])
+    for rows in policy.in_step(torch.arange(count).split(1)):
         features = policy.features(*rollout.model_inputs(rows))
         actions = rollout.actions[rollout.token_index(rows)].to(policy.device)
         for s in policy.chunks(len(actions)):

@@ -65,6 +65,7 @@ GRADIENTS = 7  # g and b in two halves each, one more of either in the making
 SOLVER = 28  # g, b, halves, metric, square, both solves; the plane they span, in float64, twice
 LOGITS = 6  # float32 tensors of a [tokens, V] chunk: old, new and reference, and their products
 GRAMS, FEATURES = 3, 3  # of a value head: copies of its matrix, of its float64 inputs
+_EITHER = {"--shard_base", "--load_in_4bit"}  # quantised weights cannot be divided
 FUSED = (None, "sdpa")  # attention that the fused kernel computes, and the mathematical one can
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # logits are no linear layer
 
@@ -278,6 +279,7 @@ class _Sizes:
     parameters: int
     trainable: int
     weights: float  # bytes of the frozen base
+    divided: float  # of these, what shard_base divides: the decoder layers
     dtype: str
     number: int  # bytes of one of its features
     width: int  # of the features
@@ -337,6 +339,8 @@ def _measure(
         if isinstance(m, torch.nn.Linear | Conv1D) and m is not output
     )  # fmt: skip
     count = sum(p.numel() for p in base.parameters())
+    blocks = (m for m in base.modules() if isinstance(m, GradientCheckpointingLayer))
+    divided = sum(p.nbytes for m in blocks for p in m.parameters())
     weights = (count - linear) * dtype.itemsize + linear * QUANTISED.get(
         quantised or "", dtype.itemsize
     )
@@ -355,6 +359,7 @@ def _measure(
         parameters=count + sum(p.numel() for p in theta),
         trainable=sum(p.numel() for p in theta),
         weights=weights,
+        divided=divided,
         dtype=str(dtype).removeprefix("torch.") + (f", {quantised}" if quantised else ""),
         number=dtype.itemsize,
         width=text.hidden_size if linear_head else text.vocab_size,
@@ -484,13 +489,14 @@ class _Run:
 
     def plan(self) -> Plan:
         s, a, M = self.sizes(), self.args, 4.0 * self.sizes().trainable
+        weights, how = self._weights(s)
         N = math.ceil(a.prompts_per_update * a.completions_per_prompt / self.processes)
         T, V = a.max_completion_length, s.vocabulary
         P = ASSUMED_PROMPT if self.prompt is None else self.prompt
         if s.context is not None:
             P = max(1, min(P, s.context - T))
         length = P + T
-        budget = SHARE * (self.memory - s.weights - M)
+        budget = SHARE * (self.memory - weights - M)
         room = Room(budget, dict(s.costs), a.micro_batch_tokens, fastest(self.device))
 
         def at_once(phase: str, rows: int) -> int:
@@ -524,7 +530,7 @@ class _Run:
             moments["critic"] = critic.size + features
         at = max(moments, key=lambda name: moments[name])
         held_always = [
-            Phase("weights", s.weights),
+            Phase("weights", weights, how=how),
             Phase("adapters", LASTING * M, how="theta, reference, fallback, what is learned"),
             Phase("features", features, how="old, reference, hidden states of a batch"),
         ]
@@ -538,10 +544,25 @@ class _Run:
             dtype=s.dtype,
             batch=f"{N:,} completions of {T:,} tokens after prompts of {P:,} ({source})",
             phases=(*held_always, *phases, critic),
-            peak=s.weights + LASTING * M + moments[at],
+            peak=weights + LASTING * M + moments[at],
             at=at,
             memory=self.memory,
         )
+
+    @property
+    def sharers(self) -> int:
+        """Processes that hold a base together."""
+        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        several = on_node if on_node > 1 else self.processes
+        return min(several, self.processes) if self.args.shard_base else 1
+
+    def _weights(self, s: _Sizes) -> tuple[float, str]:
+        """Return the bytes that a process holds of the base, two gathered layers included."""
+        if self.sharers == 1:
+            return s.weights, ""
+        parts = s.divided / self.sharers + 2 * s.divided / max(1, s.layers)
+        how = f"layers among {self.sharers} processes, two gathered"
+        return s.weights - s.divided + parts, how
 
     def _fisher(
         self, s: _Sizes, room: Room, N: int, length: int, forward: float, gradient: float
@@ -551,8 +572,9 @@ class _Run:
         T, V = self.args.max_completion_length, s.vocabulary
         share = completions_in_fisher(wanted, N * self.processes, T) / self.processes
         rows = min(N, math.ceil(share))
-        fits = room.holds("fisher", rows * length, length)
-        while not (fits and s.exact) and wanted is None and rows > FEWEST / self.processes:
+        whole, fewest = self.sharers == 1, FEWEST / self.processes
+        fits = whole and room.holds("fisher", rows * length, length)
+        while whole and not (fits and s.exact) and wanted is None and rows > fewest:
             rows = math.ceil(rows / 2)
             fits = room.holds("fisher", rows * length, length)
         each = min(rows, max(1, room.tokens("fisher", length, rows * length) // length))
@@ -601,17 +623,24 @@ def _alternatives(run: _Run) -> Iterator[tuple[tuple[str, ...], _Run]]:
     changes: list[tuple[str, dict[str, Any]]] = []
     if not a.gradient_checkpointing:
         changes.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
+    if run.processes > 1 and not (a.shard_base or a.load_in_4bit or a.load_in_8bit):
+        changes.append(("--shard_base", {"shard_base": True}))
     if wanted is not None and wanted > FEWEST:
         changes.append((f"--fisher_completions {FEWEST}", {"fisher": FEWEST}))
     if by_name and not (a.load_in_4bit or a.load_in_8bit):
         if run.sizes().number > 2:
             changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
-        changes.append(("--load_in_4bit", {"load_in_4bit": True}))
+        if not a.shard_base:
+            changes.append(("--load_in_4bit", {"load_in_4bit": True}))
     one = a.max_completion_length + (ASSUMED_PROMPT if run.prompt is None else run.prompt)
     changes.append((f"--micro_batch_tokens {one}", {"micro_batch_tokens": one}))
     for chosen in range(1, 1 << len(changes)):  # all sets, those without the dearest first
         some = [change for i, change in enumerate(changes) if chosen >> i & 1]
+        if {flag for flag, _ in some} >= _EITHER:
+            continue
         yield tuple(flag for flag, _ in some), run.changed(**_joined(some))
+    if {flag for flag, _ in changes} >= _EITHER:
+        changes = [change for change in changes if change[0] != "--load_in_4bit"]
     completion = a.max_completion_length
     for shift in itertools.count(1):
         if (shorter := completion >> shift) < SHORTEST:

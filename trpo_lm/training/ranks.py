@@ -103,6 +103,12 @@ class Ranks:
         square = float(self.reduce((values - mean).square().sum()))
         return mean, (square / count) ** 0.5
 
+    def most(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks pass."""
+        own = torch.zeros(self.count, dtype=torch.float64)
+        own[self.rank] = number
+        return int(self.reduce(own).max())
+
     def gather(self, items: list[Any]) -> list[Any]:
         """Return the items of all ranks, in the order of ranks."""
         if self.count == 1:
@@ -232,12 +238,17 @@ def _answer_launcher() -> None:
     }  # fmt: skip
     refused = [f"{k} {v}" for k, v in asked.items() if v not in ("", "no", "false", "0", "1")]
     if refused:
+        dividing = {"use_fsdp", "use_deepspeed", "use_megatron_lm", "use_parallelism_config"}
+        instead = "the adapters train in float32, and dtype is the precision of the base"
+        if dividing & {name.split()[0] for name in refused}:
+            instead = (
+                "shard_base divides the frozen base among the processes of a node, the batch is "
+                "divided anyway, and gradient_checkpointing and micro_batch_tokens save memory"
+            )
         raise TrpoLMError(
             f"the launcher's settings ask for {', '.join(refused)}, which a run does not do",
             where="launcher",
-            hint="every process holds the whole base and the adapters train in float32: launch "
-            "without it (accelerate launch --mixed_precision no); dtype is the precision of the "
-            "base, gradient_checkpointing and micro_batch_tokens save memory",
+            hint=f"launch without (accelerate launch --multi_gpu --mixed_precision no); {instead}",
         )
 
 

@@ -54,6 +54,7 @@ from trpo_lm.training.memory import halved_if_full
 from trpo_lm.training.metrics import Evaluation
 from trpo_lm.training.plan import Plan, longest_prompt, make_plan, processes, rewards_score_prefixes
 from trpo_lm.training.ranks import Ranks, SharedFault
+from trpo_lm.training.sharding import shards_of
 from trpo_lm.training.stages import Stages
 from trpo_lm.training.state import TrainState, flat, restore, snapshot
 
@@ -114,11 +115,15 @@ class Trainer:
         )
         algorithm = algorithm or TRPO()
         needed = args if algorithm.needs_critic else replace(args, critic="none")
+        shards = shards_of(self.ranks, args.ddp_timeout) if args.shard_base else None
+        if args.shard_base and shards is None:
+            self.display.note("shard_base: one process holds the whole base, as without it")
         with examination() as examined:
             self.rewards = assembly.make_rewards(reward_funcs, data, args, self.ranks.device)
             self.parts = parts = assembly.assemble(
                 model, self.rewards, needed,
                 device=self.ranks.device, peft_config=peft_config, tokenizer=processing_class,
+                shards=shards,
             )  # fmt: skip
             data = assembly.fit_data(data, parts, args, self.display.note)
             self.servers = assembly.join_servers(data, parts, args, self.ranks)
@@ -433,13 +438,15 @@ class Trainer:
             self.display.update(row, self.algorithm.limits)
             self.callbacks.log(row)
         if not self._stops():
-            self.ranks.on_main(lambda: self._show_samples(rollout))
+            self._show_samples(rollout)
 
     def _show_samples(self, rollout: Rollout) -> None:
+        """Sample on all ranks, which may share the base, and show those of the first."""
         update = self.updates_done
-        if self.display.samples_due(update):
-            rows = samples(self.policy, self.mdp, rollout, seed=(self.args.seed, "samples", update))
-            self.display.samples(rows, f"samples of update {update}")
+        if self.ranks.on_main(lambda: self.display.samples_due(update)):
+            seed = (self.args.seed, "samples", update)
+            rows = self.ranks.agree(lambda: samples(self.policy, self.mdp, rollout, seed=seed))
+            self.ranks.on_main(lambda: self.display.samples(rows, f"samples of update {update}"))
 
     # ------------------------------------------------------------------ stopping and resuming
 
