@@ -365,7 +365,7 @@ def test_the_process_group_ends_before_python_does():
 
 SCRIPT = """
 import faulthandler, sys
-faulthandler.dump_traceback_later(200, exit=True)
+faulthandler.dump_traceback_later(1000, exit=True)
 sys.path.insert(0, {here!r})
 import os, pathlib, runs
 killed = runs.Killer(5) if os.environ.get("RANK") == {rank!r} else runs.score

@@ -6,9 +6,9 @@
     step     = argmax g.x   s.t.  1/2 x.Fx <= max_kl,  k + b.x + 1/2 x.Fx <= max_ref_kl
 
 with g = grad (L - price R), b = grad R, k = R, F = Hessian of D, all at theta_old. E is the mean
-over completions of a sum over their tokens. `TRPO.update` reads in that order: `lm/objective.py` works
-the quantities out on a batch, `core/adaptation.py` says how far to trust them, and
-`core/natural_step.py` takes the step.
+over completions of a sum over their tokens; R has the price that its budget will have when it
+binds. `TRPO.update` reads in that order: `lm/objective.py` works the quantities out on a batch,
+`core/adaptation.py` says how far to trust them, and `core/natural_step.py` takes the step.
 
 Source: TRPO, arXiv:1502.05477, eq. 14 and App. C; the constraint on R is this project's.
 """

@@ -1,4 +1,4 @@
-"""Damping, budget margin and radius, adapted to measured noise.
+"""Damping, budget margin, price of R and radius, adapted to what updates measure.
 
 Each quantity that is tracked over updates is a frozen dataclass, empty at first; a function takes
 it with what an update has measured and returns its successor.
