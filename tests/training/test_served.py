@@ -85,17 +85,18 @@ def test_a_reference_that_came_as_an_adapter_is_published_too(server, tmp_path):
     assert made.before.ref_kl == 0
 
 
-def rank_of_a_run(folder, url):
-    made = served(folder, url, updates=2, save_steps=0)
+def rank_of_a_run(folder, url, shard_base):
+    made = served(folder, url, updates=2, save_steps=0, shard_base=shard_base)
     made.train()
     return made.policy.parameters.checksum(), made.servers.folder.exists()
 
 
 @pytest.mark.distributed
-def test_two_ranks_publish_once_and_share_a_server(server, tmp_path):
-    (one, left), (other, _) = (
-        answer[1] for answer in processes.ranks(2, rank_of_a_run, tmp_path / "run", server.url)
-    )
+@pytest.mark.parametrize("shard_base", [False, True])
+def test_two_ranks_publish_once_and_share_a_server(server, tmp_path, shard_base):
+    given = tmp_path / "run", server.url, shard_base
+    answers = processes.ranks(2, rank_of_a_run, *given, timeout=600)
+    (one, left), (other, _) = (answer[1] for answer in answers)
     assert one == other and not left
     loaded = [body["lora_name"] for path, body in server.log if path == "/v1/load_lora_adapter"]
     assert len(loaded) == len(set(loaded)) == 3  # the probe and two versions

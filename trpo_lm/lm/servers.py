@@ -102,6 +102,7 @@ class Servers:
         vocabulary: Ids that the policy knows, 0 to that less 1.
         patience: Seconds that an answer may take, repeated attempts included; None: `START`, and
             `PER_TOKEN` for each token of a completion.
+        on_main: Does something on one process of the run and returns its result on all.
     """
 
     def __init__(
@@ -112,16 +113,18 @@ class Servers:
         run: str,
         vocabulary: int,
         patience: float | None = None,
+        on_main: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ):
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.folder, self.run, self.vocabulary, self.patience = folder, run, vocabulary, patience
         self.name: str | None = None  # of the adapter that is sampled from; None: the base
+        self.on_main, self._wrote = on_main, False  # anything, from this process
         self._loaded: list[str] = []
 
     # ---------------------------------------------------------------- adapters
 
     def publish(self, policy: Policy, version: str) -> None:
-        """Sample from a policy as it is now; for one process of a run.
+        """Sample from a policy as it is now; every process of the run calls this.
 
         Args:
             policy: At the parameters to sample from. With its adapter switched off, it is the base.
@@ -130,10 +133,13 @@ class Servers:
         Raises:
             RunFault: If the adapter is not finite, or a server does not take it.
         """
+        self.name = self.on_main(lambda: self._published(policy, version))
+
+    def _published(self, policy: Policy, version: str) -> str | None:
+        """Load an adapter on every server; return its name, None for the base's."""
         layers = (m for m in policy.model.modules() if isinstance(m, BaseTunerLayer))
         if any(layer.disable_adapters for layer in layers):
-            self.name = None
-            return
+            return None
         name = f"{self.run}-{version}"
         if name not in self._loaded:
             self._save(policy, name)
@@ -142,15 +148,16 @@ class Servers:
                 self._load(server, name)
             for old in before:
                 self._unload(old, self._deadline())
-        self.name = name
+        return name
 
     def withdraw(self) -> None:
-        """Unload and delete every adapter, as far as servers answer at once."""
+        """Unload and delete what this process published, as far as servers answer at once."""
         for name in list(self._loaded):
             with suppress(RunFault):
                 self._unload(name, monotonic() + LEAVE)
         self._loaded, self.name = [], None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._wrote:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _save(self, policy: Policy, name: str) -> None:
         """Write an adapter to the folder of its name, whole or not at all."""
@@ -159,7 +166,7 @@ class Servers:
                 "the adapter has values that are nan or infinite", where=f"adapter {name}",
                 hint="served, it would spoil the answers to other requests; lower max_kl",
             )  # fmt: skip
-        unfinished = self.folder / f".tmp-{name}"
+        unfinished, self._wrote = self.folder / f".tmp-{name}", True
         try:
             unfinished.mkdir(parents=True)
             policy.save(unfinished)
@@ -515,7 +522,7 @@ def published_is_sampled(
     """Every rollout server samples from the adapter that is published.
 
     The adapter is moved away from its start, where it is the identity, until completions have other
-    log-probabilities under the base.
+    log-probabilities under the base. Every process of a run does this: they may share the base.
 
     Args:
         servers: Which.
@@ -525,18 +532,23 @@ def published_is_sampled(
     """
     close, count = CLOSE[shortest_number(policy.base)], len(servers.servers)
     rows = [list(p) for p in prompts[:PROBES] for _ in range(count)]  # each goes to every server
+
+    def sample() -> Drawn:
+        return servers.complete(
+            rows, 1, max_tokens=min(most, PROBE_TOKENS), stop_ids=(),
+            temperature=policy.temperature, seed=(0, "probe"),
+        )  # fmt: skip
+
     try:
         for number, move in enumerate(MOVES):
             with moved(policy.parameters, move):
                 servers.publish(policy, f"probe{number}")
-                tokens, drawn = servers.complete(
-                    rows, 1, max_tokens=min(most, PROBE_TOKENS), stop_ids=(),
-                    temperature=policy.temperature, seed=(0, "probe"),
-                )  # fmt: skip
+                tokens, drawn = servers.on_main(sample)
                 own = _logprobs(policy, rows, tokens)
                 with policy.model.disable_adapter():
                     base = _logprobs(policy, rows, tokens)
-            if far := bool((own - base).abs().mean() >= FAR * close):
+            far = bool((own - base).abs().mean() >= FAR * close)
+            if servers.on_main(lambda far=far: far):  # the same on all, however they round
                 break
     except RunFault as fault:
         raise TrpoLMError(fault.what, where=fault.where, hint=fault.hint) from fault

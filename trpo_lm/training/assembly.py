@@ -279,6 +279,7 @@ def join_servers(data: Data, parts: Parts, args: TrainerConfig, ranks: Ranks) ->
         run=run,
         vocabulary=policy.vocabulary_size,
         patience=args.rollout_timeout,
+        on_main=ranks.on_main,
     )
     few = mdp.encode(*data.train.take(range(min(len(data.train), TEXTS))))
 
@@ -292,7 +293,7 @@ def join_servers(data: Data, parts: Parts, args: TrainerConfig, ranks: Ranks) ->
 
     ranks.agree(from_here)
     length = args.max_completion_length
-    ranks.on_main(lambda: examine(published_is_sampled, servers, policy, few, most=length))
+    ranks.agree(lambda: examine(published_is_sampled, servers, policy, few, most=length))
     return servers
 
 

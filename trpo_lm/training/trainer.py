@@ -381,10 +381,8 @@ class Trainer:
 
     def _publish(self, version: str | None = None) -> None:
         """Let the servers, if there are any, sample from the policy as it is."""
-        if (servers := self.servers) is not None:
-            version = version or f"{self.updates_done:06d}"
-            self.ranks.on_main(lambda: servers.publish(self.policy, version))
-            servers.name = self.ranks.share(servers.name)
+        if self.servers is not None:
+            self.servers.publish(self.policy, version or f"{self.updates_done:06d}")
 
     def _count(self, batch: Batch) -> Row:
         """Count what was sampled; return its metrics."""
