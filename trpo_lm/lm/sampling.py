@@ -134,11 +134,12 @@ class InProcess:
             pad_token_id=self.pad_token_id,
         )
         slices = list(_slices(len(ids), min(GENERATE_ROWS, size // length)))
+        idle = self.policy.most(len(slices)) - len(slices)  # beside others that share the base
         parts = [
             self._generate(ids[part], mask[part], config, (*seed, "generate", part.start))
             for part in slices
         ]
-        for _ in range(self.policy.most(len(slices)) - len(slices)):  # others share the base
+        for _ in range(idle):
             self._generate(ids[:1], mask[:1], config, (*seed, "idle"))
         return Drawn(torch.cat([part.tokens for part in parts]), parts[0].logprobs)
 
