@@ -102,50 +102,35 @@ class TRPO(TRPOSettings):
         R, error = objective.reference_kl()
         reference, budget = budget_on_batch(state.reference, k=R, error=error, budget=limit)
         near = in_reach(R, self.max_kl, budget)
-        halves_g, halves_b = objective.gradients(reference=near or (R > 0 and limit < math.inf))
-        slope, price = self.price(
-            state.slope, objective.policy.from_reference(), halves_g, halves_b, R
-        )
+        spent = R > 0 and limit < math.inf
+        halves_g, halves_b = objective.gradients(reference=near or spent)
+        slope, price = state.slope, 0.0
         if halves_b is not None:
+            d = objective.policy.from_reference().double()
+            gain, rise = (float(halves.sum(0).double() @ d) for halves in (halves_g, halves_b))
+            slope, price = budget_price(state.slope, gain=gain, rise=rise, k=R, budget=limit)
             halves_g = halves_g - price * halves_b
         state = replace(state, reference=reference, slope=slope)
         g = halves_g.sum(0) / N  # grad (L - price R)
         b = halves_b.sum(0) / N if near and halves_b is not None else None  # grad R
         F = objective.fisher(self.fisher_completions)  # Hessian of D
-        state, limits = self.step_limits(state, halves_g, R, budget, N)  # damping, radius
-        limits = replace(limits, price=price)
+        state, limits = self.step_limits(state, halves_g, R, budget, price, N)  # damping, radius
         step = constrained_update(objective.theta, g, b, F, objective.measure, limits, self)
         row = metrics(step, limits, noise(halves_g, N))
         row |= {"cg/product": F.name, "cg/completions": F.count}
         return learned(state, step, R, self.max_kl), row
 
-    def price(
-        self, past: Slope, d: Tensor, halves_g: Tensor, halves_b: Tensor | None, R: float
-    ) -> tuple[Slope, float]:
-        """Return the price of R that its budget implies, with the slope it is made from.
-
-        Args:
-            past: Of earlier updates.
-            d: theta_old - theta_ref, (M,).
-            halves_g: Sums of grad L over two halves of the batch, (2, M).
-            halves_b: Of grad R; None: not known, nothing is charged.
-            R: R(theta_old) on the batch, nats per completion.
-        """
-        if halves_b is None or self.max_ref_kl is None:
-            return past, 0.0
-        gain, rise = (float(halves.sum(0).double() @ d.double()) for halves in (halves_g, halves_b))
-        return budget_price(past, gain=gain, rise=rise, k=R, budget=self.max_ref_kl)
-
     def step_limits(
-        self, state: TRPOState, halves_g: Tensor, R: float, budget: float, N: float
+        self, state: TRPOState, halves_g: Tensor, R: float, budget: float, price: float, N: float
     ) -> tuple[TRPOState, StepLimits]:
         """Return how far a step may go and how it is damped, and the state with this batch.
 
         Args:
             state: From `init_state` or the update before.
-            halves_g: Sums of grad L over two halves of the batch, (2, M).
+            halves_g: Sums of grad (L - price R) over two halves of the batch, (2, M).
             R: R(theta_old) on the batch, nats per completion.
             budget: On the scale of R, nats; inf without one.
+            price: Of R, L per nat.
             N: Completions of the batch.
         """
         square, metric = running_rms(state.square, halves_g.sum(0) / N)
@@ -154,7 +139,7 @@ class TRPO(TRPOSettings):
             seen, damping = wiener_damping(seen, noise(halves_g * metric.rsqrt(), N), N)
         radius = radius_inside(state.radius, self.max_kl)
         state = replace(state, noise=seen, square=square)
-        return state, StepLimits(radius, R, budget, damping, metric)
+        return state, StepLimits(radius, R, budget, damping, metric, price)
 
 
 def learned(state: TRPOState, update: Update, R: float, max_kl: float) -> TRPOState:
