@@ -58,15 +58,6 @@ class Drawn(NamedTuple):
 class Sampler(Protocol):
     """Draws completions from a policy."""
 
-    def publish(self, policy: Policy, version: str) -> None:
-        """Sample from a policy as it is now.
-
-        Args:
-            policy: At the parameters to sample from.
-            version: Their name: equal ones are equal parameters.
-        """
-        ...
-
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
@@ -104,9 +95,6 @@ class InProcess:
 
     def __init__(self, policy: Policy, pad_token_id: int, *, greedy: bool = False):
         self.policy, self.pad_token_id, self.greedy = policy, pad_token_id, greedy
-
-    def publish(self, policy: Policy, version: str) -> None:
-        """Do nothing: what is sampled is the policy itself."""
 
     def complete(
         self,

@@ -176,10 +176,8 @@ def sampler_distance(batch: Batch, ranks: Ranks) -> Row:
 
 
 SAMPLER_SHARE, NO_REGION = 0.25, 0.1  # of max_kl; where the update rule has none, nats
-NEGLIGIBLE, LARGEST_WEIGHT = (
-    1e-6,
-    2.0,
-)  # a sampler's KL without weights, nats; and a weight, at most
+NEGLIGIBLE = 1e-6  # a sampler's KL that needs no weights, nats
+LARGEST_WEIGHT = 2.0
 
 
 def check_sampler(row: Row, max_kl: float | None) -> None:

@@ -55,6 +55,7 @@ from trpo_lm.lm.policy import (
 from trpo_lm.lm.prompts import encode_prompt, load_prompts
 from trpo_lm.lm.sampling import GENERATE_ROWS
 from trpo_lm.report.format import number
+from trpo_lm.training.sharding import on_node, sharers
 
 USABLE = 0.9  # of a device's memory; the rest is for its runtime and for fragmentation
 ASSUMED_PROMPT = 128  # tokens, where neither prompts nor tokenizer are at hand
@@ -552,9 +553,7 @@ class _Run:
     @property
     def sharers(self) -> int:
         """Processes that hold a base together."""
-        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        several = on_node if on_node > 1 else self.processes
-        return min(several, self.processes) if self.args.shard_base else 1
+        return sharers([on_node()], self.processes) if self.args.shard_base else 1
 
     def _weights(self, s: _Sizes) -> tuple[float, str]:
         """Return the bytes that a process holds of the base, two gathered layers included."""
@@ -570,17 +569,17 @@ class _Run:
         """Return what products take, made as `BatchObjective.fisher` would make them."""
         wanted, M = self.algorithm.fisher_completions, 4.0 * s.trainable
         T, V = self.args.max_completion_length, s.vocabulary
+        if not s.exact:
+            scores = min(SCORES, N) * M
+            return Phase("Fisher, scores", scores + gradient + SOLVER * M, None, f"{SCORES} draws")
         share = completions_in_fisher(wanted, N * self.processes, T) / self.processes
         rows = min(N, math.ceil(share))
         whole, fewest = self.sharers == 1, FEWEST / self.processes
         fits = whole and room.holds("fisher", rows * length, length)
-        while whole and not (fits and s.exact) and wanted is None and rows > fewest:
+        while whole and not fits and wanted is None and rows > fewest:
             rows = math.ceil(rows / 2)
             fits = room.holds("fisher", rows * length, length)
         each = min(rows, max(1, room.tokens("fisher", length, rows * length) // length))
-        if not s.exact:
-            scores = min(SCORES, N) * M
-            return Phase("Fisher, scores", scores + gradient + SOLVER * M, None, f"{SCORES} draws")
         chunks = math.ceil(each * T / max(CHUNK_STATES, CHUNK_ELEMENTS // V))
         curvature = 4.0 * V * rows * T if chunks <= CACHED_CHUNKS else 0.0
         if fits:

@@ -12,6 +12,7 @@ makes an idle one.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -26,6 +27,25 @@ from trpo_lm.errors import TrpoLMError, first_line
 from trpo_lm.lm.loading import is_quantized
 from trpo_lm.lm.policy import Shards
 from trpo_lm.training.ranks import Ranks
+
+
+def on_node() -> int:
+    """Return how many processes of a run are on this node, by the launcher's environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def sharers(on_nodes: Iterable[int], count: int) -> int:
+    """Return how many processes hold a base together: those of a node, or all if it has one.
+
+    All of them too where nodes have unequal numbers of processes.
+
+    Args:
+        on_nodes: What `on_node` is for each process, as far as known.
+        count: Processes of the run.
+    """
+    sizes = set(on_nodes)
+    size = min(sizes)
+    return count if len(sizes) > 1 or size == 1 or count % size else size
 
 
 def shards_of(ranks: Ranks, timeout: float | None = None) -> Shards | None:
@@ -43,10 +63,7 @@ def shards_of(ranks: Ranks, timeout: float | None = None) -> Shards | None:
     """
     if ranks.count == 1:
         return None
-    on_nodes = set(ranks.gather([int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]))
-    size = min(on_nodes)
-    if len(on_nodes) > 1 or size == 1 or ranks.count % size:
-        size = ranks.count
+    size = sharers(ranks.gather([on_node()]), ranks.count)
     limit = None if timeout is None else timedelta(seconds=timeout)
     group: Any = distributed.new_subgroups(size, timeout=limit)[0]
     mesh = DeviceMesh.from_group(group, ranks.device.type)
