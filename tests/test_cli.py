@@ -167,7 +167,7 @@ def test_C01_unknown_setting_names_its_place_and_the_nearest_name(yaml_file):
         ("max_steps", "100", "use updates"),
         ("beta", "0.04", "max_ref_kl"),
         ("learning-rate", "1e-6", "max_kl"),
-        ("use_vllm", "true", "not supported yet"),
+        ("use_vllm", "true", "use rollout_servers"),
         ("per_device_train_batch_size", "8", "prompts_per_update"),
         ("max_new_tokens", "64", "use max_completion_length"),
     ],
