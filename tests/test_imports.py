@@ -1,4 +1,4 @@
-"""Folders are layers: what stands earlier in the README's tree never imports what comes later."""
+"""Folders are layers: what stands earlier in docs/method.md's tree imports nothing of what is later."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 import trpo_lm
 
 PACKAGE = Path(trpo_lm.__file__).parent
-README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+METHOD = (PACKAGE.parent / "docs" / "method.md").read_text(encoding="utf-8")
 MODULES = {
     p.relative_to(PACKAGE).as_posix(): p
     for p in sorted(PACKAGE.rglob("*.py"))
@@ -21,8 +21,8 @@ MODULES = {
 
 
 def tree():
-    """Return the package's files in the order in which the README lists them."""
-    block = README[README.index("    trpo_lm/\n") :]
+    """Return the package's files in the order in which docs/method.md lists them."""
+    block = METHOD[METHOD.index("    trpo_lm/\n") :]
     lines = block[: block.index("\n    recipes/")].splitlines()[1:]
     found, folder = [], ""
     for line in lines:
@@ -69,7 +69,7 @@ def folder(name):
     return name.rpartition("/")[0]
 
 
-def test_the_readme_lists_every_file_once():
+def test_the_tree_lists_every_file_once():
     assert sorted(ORDER) == sorted(MODULES)
     assert not {Path(n).stem for n in ORDER} & {
         "utils",
