@@ -1,4 +1,4 @@
-"""Folders are layers: what stands earlier in docs/method.md's tree imports nothing of what is later."""
+"""Folders are layers: what stands earlier in docs/method.md imports nothing that comes later."""
 
 import ast
 import re

@@ -11,8 +11,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 import trpo_lm
 from trpo_lm import Trainer, TrainerConfig
@@ -122,6 +124,22 @@ def test_python_examples_run(block, tmp_path, monkeypatch):
             "data/lm", lambda completions: [*map(len, completions)], ["a", "b"], args=args
         ).train()
     exec(compile(block.replace("Qwen/Qwen2.5-0.5B", "data/lm"), "example", "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_tour_runs_from_top_to_bottom(tmp_path):
+    notebook = nbformat.read(ROOT / "recipes" / "tour.ipynb", as_version=4)
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=None, startup_timeout=600, resources=place).execute()
+    shown = [o for cell in notebook.cells if "outputs" in cell for o in cell.outputs]
+    assert sum("image/png" in o.get("data", {}) for o in shown) == 4
+    assert not [path for path in re.findall(r"(?<!\w)/\w+/[\w./-]+", saved_outputs()) if path]
+
+
+def saved_outputs():
+    """Return all text of the outputs that the tour is committed with."""
+    notebook = nbformat.read(ROOT / "recipes" / "tour.ipynb", as_version=4)
+    return "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
 
 
 @pytest.mark.parametrize("name", ["metrics.md", "settings.md"])

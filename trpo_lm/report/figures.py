@@ -100,7 +100,7 @@ def _ref_kl(axes: Axes, rows: Rows) -> None:
     if budget:
         _limit(axes, budget, f"max_ref_kl = {number(budget)} nats")
     axes.set_ylim(0, 1.15 * max(budget or 0.0, largest(kl), largest(held_out)) or None)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
 
 
 def agreement(axes: Axes, rows: Rows, predicted: str, actual: str, title: str, unit: str) -> None:
