@@ -65,7 +65,11 @@ class Distances(TRPOSettings):
 
 def run() -> None:
     """Parse, train, save, and show what changed."""
-    arguments, args, settings = parse((Arguments, Run, Distances), description=__doc__)
+    train(*parse((Arguments, Run, Distances), description=__doc__))
+
+
+def train(arguments: Arguments, args: TrainerConfig, settings: TRPOSettings) -> None:
+    """Train as the settings say, or plan or examine the run."""
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         print("trpo_lm: loading torch and transformers ...", flush=True)

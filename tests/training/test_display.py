@@ -65,7 +65,8 @@ def test_samples_on_the_way_call_no_reward_and_change_no_bit(tmp_path, capsys, m
         assert policy.split()[2:] == lines[2 * k]["completion"].split()
 
 
-def test_the_end_of_a_run_names_what_to_do_next(tmp_path, capsys):
+def test_the_end_of_a_run_names_what_to_do_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     trainer(tmp_path, updates=1).train()
     out = capsys.readouterr().out
     for recipe in ("evaluate.py", "token_view.py", "merge.py"):
