@@ -83,8 +83,8 @@ def train(arguments: Arguments, args: TrainerConfig, settings: TRPOSettings) -> 
             plan = Trainer.plan(
                 arguments.model,
                 arguments.reward_model if arguments.reward_function is None else None,
-                arguments.dataset,
-                args,
+                train_dataset=arguments.dataset,
+                args=args,
                 algorithm=TRPO(**describe(settings)),
                 prompt_column=arguments.prompt_column,
                 memory=arguments.memory,
@@ -98,16 +98,22 @@ def train(arguments: Arguments, args: TrainerConfig, settings: TRPOSettings) -> 
             print(f"reward function: {arguments.reward_function}", flush=True)
     own = str(DATA / "prompts_test.jsonl") if arguments.dataset == Arguments.dataset else None
     prompts, held_out = load_from_settings(arguments, own, split_off=256)
-    given = arguments.model, reward, prompts, args, held_out
-    algorithm = TRPO(**describe(settings))
+    given = {
+        "model": arguments.model,
+        "reward_funcs": reward,
+        "train_dataset": prompts,
+        "eval_dataset": held_out,
+        "algorithm": TRPO(**describe(settings)),
+        "args": args,
+    }
     if arguments.examine:
-        examined = Trainer.examine(*given, algorithm=algorithm)
+        examined = Trainer.examine(**given)
         if main_process:
             print(examined)
         if examined.error is not None:
             raise examined.error
         return
-    Trainer(*given, algorithm=algorithm).train()
+    Trainer(**given).train()
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def test_nothing_but_our_own_lines_reaches_the_screen(tmp_path, capfd, monkeypat
     )
     (tmp_path / "p.csv").write_text("prompt\nw1 w2\nw3\n")
     Trainer(
-        str(tmp_path / "model"), runs.score, str(tmp_path / "p.jsonl"),
-        runs.config(tmp_path / "run", updates=1), str(tmp_path / "p.csv"),
+        str(tmp_path / "model"), runs.score, train_dataset=str(tmp_path / "p.jsonl"),
+        args=runs.config(tmp_path / "run", updates=1), eval_dataset=str(tmp_path / "p.csv"),
         plots=False,
     ).train()  # fmt: skip
     out, errors = capfd.readouterr()
