@@ -65,7 +65,11 @@ class Distances(TRPOSettings):
 
 def run() -> None:
     """Parse, train, save, and show what changed."""
-    arguments, args, settings = parse((Arguments, Run, Distances), description=__doc__)
+    train(*parse((Arguments, Run, Distances), description=__doc__))
+
+
+def train(arguments: Arguments, args: TrainerConfig, settings: TRPOSettings) -> None:
+    """Train as the settings say, or plan or examine the run."""
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         print("trpo_lm: loading torch and transformers ...", flush=True)
@@ -79,8 +83,8 @@ def run() -> None:
             plan = Trainer.plan(
                 arguments.model,
                 arguments.reward_model if arguments.reward_function is None else None,
-                arguments.dataset,
-                args,
+                train_dataset=arguments.dataset,
+                args=args,
                 algorithm=TRPO(**describe(settings)),
                 prompt_column=arguments.prompt_column,
                 memory=arguments.memory,
@@ -94,16 +98,22 @@ def run() -> None:
             print(f"reward function: {arguments.reward_function}", flush=True)
     own = str(DATA / "prompts_test.jsonl") if arguments.dataset == Arguments.dataset else None
     prompts, held_out = load_from_settings(arguments, own, split_off=256)
-    given = arguments.model, reward, prompts, args, held_out
-    algorithm = TRPO(**describe(settings))
+    given = {
+        "model": arguments.model,
+        "reward_funcs": reward,
+        "train_dataset": prompts,
+        "eval_dataset": held_out,
+        "algorithm": TRPO(**describe(settings)),
+        "args": args,
+    }
     if arguments.examine:
-        examined = Trainer.examine(*given, algorithm=algorithm)
+        examined = Trainer.examine(**given)
         if main_process:
             print(examined)
         if examined.error is not None:
             raise examined.error
         return
-    Trainer(*given, algorithm=algorithm).train()
+    Trainer(**given).train()
 
 
 if __name__ == "__main__":

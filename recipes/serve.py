@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from importlib.metadata import distributions
+from importlib.util import find_spec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
 ENVIRONMENT = {
@@ -53,6 +54,10 @@ def main():
     words = command(a)
     print(*(f"{k}={v}" for k, v in ENVIRONMENT.items()), shlex.join(words), flush=True)
     if not a.print_only:
+        if find_spec("vllm") is None:
+            script = shlex.quote(os.path.abspath(__file__))
+            hint = f"run {script} with the Python of the environment that has it"
+            parser.exit(2, f"error: {sys.executable} has no vLLM\nhint: {hint}\n")
         os.execvpe(words[0], words, os.environ | ENVIRONMENT)
 
 

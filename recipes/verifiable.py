@@ -48,7 +48,14 @@ def run() -> None:
     reward = load_reward(arguments.reward_function)
     prompts, held_out = load_from_settings(arguments, None, split_off=256)
     rule = TRPO(**describe(settings))
-    Trainer(arguments.model, reward, prompts, args, held_out, algorithm=rule).train()
+    Trainer(
+        arguments.model,
+        reward,
+        train_dataset=prompts,
+        args=args,
+        eval_dataset=held_out,
+        algorithm=rule,
+    ).train()
     if os.environ.get("RANK", "0") == "0":
         found = evaluate(open_run(args.output_dir, reward=reward), held_out)
         show(Console(True, 1), found, f"accuracy on {len(held_out)} held-out questions, 4 answers")

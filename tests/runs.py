@@ -51,9 +51,9 @@ def trainer(folder, *, reward=score, algorithm="trpo", model=None, peft=None, da
     return Trainer(
         model or tiny.build(),
         reward,
-        data,
-        config(folder, **options),
-        evals,
+        train_dataset=data,
+        args=config(folder, **options),
+        eval_dataset=evals,
         processing_class=tiny.tokenizer(),
         peft_config=peft or tiny.lora(),
         algorithm=made,

@@ -486,8 +486,8 @@ def build(run, folder):
         return Trainer(
             model(),
             reward(run["reward"]),
-            data(source, rows, folder),
-            TrainerConfig(output_dir=str(folder / "run"), save_steps=0, **run["settings"]),
+            train_dataset=data(source, rows, folder),
+            args=TrainerConfig(output_dir=str(folder / "run"), save_steps=0, **run["settings"]),
             processing_class=tokenizer(*(run[name] for name in TOKENIZER)),
             peft_config=ADAPTERS.get(run["adapter"], lambda: None)(),
             algorithm=ALGORITHMS[run["algorithm"]](),

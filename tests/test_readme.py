@@ -31,7 +31,7 @@ PAGES = (
     *DOCUMENTS, "CHANGELOG.md", "tests/README.md", "data/README.md", "docs/metrics.md",
     "docs/settings.md", "recipes/statements/README.md",
 )  # fmt: skip
-LAUNCHERS = {"python", "accelerate", "torchrun"}
+LAUNCHERS = {"python", "accelerate", "torchrun", "trpo-lm"}
 TOOLS = {"pip", "ruff", "pyright", "pytest"}
 
 
@@ -191,6 +191,12 @@ def test_every_command_of_a_recipe_is_understood(document, command):
 @pytest.mark.parametrize(("document", "command"), OTHERS, ids=[c for _, c in OTHERS])
 def test_every_other_command_names_what_there_is(document, command):
     words = shlex.split(command)
+    if {"trpo-lm", "trpo_lm"} & {*words}:
+        start = next(i for i, word in enumerate(words) if word in ("trpo-lm", "trpo_lm"))
+        done = launch(["-m", "trpo_lm", *words[start + 1 :], "--no_such_setting"])
+        assert done.returncode == 2
+        assert "no_such_setting" in done.stderr.splitlines()[-2]
+        return
     if words[:2] == ["python", "-m"] and words[2].startswith("trpo_lm."):
         assert importlib.util.find_spec(words[2]) is not None
         done = launch(["-m", words[2], "--help"])

@@ -307,6 +307,16 @@ def _raise_all(problems: list[TrpoLMError]) -> None:
         )
 
 
+def _with_commands(description: str) -> str:
+    """Return a recipe's description with commands that work in the current folder."""
+
+    def command(match: re.Match[str]) -> str:
+        here = recipe_command(match[1])
+        return here if here.startswith("trpo-lm") else match[0]
+
+    return re.sub(r"(?:accelerate launch|python) recipes/(\w+)\.py", command, description)
+
+
 def _help_parser(
     classes: Sequence[type],
     settings: dict[str, _Setting],
@@ -314,8 +324,11 @@ def _help_parser(
     positional: Sequence[str],
 ) -> argparse.ArgumentParser:
     """Return an argparse parser that formats the help text; it parses nothing."""
+    script = Path(sys.argv[0])
     parser = argparse.ArgumentParser(
-        description=description,
+        prog=recipe_command(script.stem) if script.parent.resolve() == recipes() else None,
+        description=_with_commands(description),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=" ".join(
             ["%(prog)s", *map(str.upper, positional), "[--config FILE.yaml] [--setting value ...]"]
         ),
@@ -343,6 +356,20 @@ def _help_parser(
 
 
 # ---------------------------------------------------------------- running
+
+
+def recipes() -> Path:
+    """Return the folder of the recipes: in a clone beside the package, where installed in it."""
+    package = Path(__file__).resolve().parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def recipe_command(name: str) -> str:
+    """Return the words that run a recipe here: by its path in a clone's root, else by `trpo-lm`."""
+    script = Path("recipes", f"{name}.py")
+    if script.is_file() and script.resolve() == recipes() / script.name:
+        return f"python {script}"
+    return f"trpo-lm {name.replace('_', '-')}"
 
 
 def redraw(draw: Callable[[], None]) -> int:

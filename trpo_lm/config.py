@@ -96,7 +96,7 @@ ELSEWHERE = {
     "torch_dtype": "use dtype",
     "total_episodes": "use updates",
     "use_peft": "an adapter is always trained: see lora_r",
-    "use_vllm": "use rollout_servers; recipes/serve.py starts one",
+    "use_vllm": "use rollout_servers; `trpo-lm serve` starts one",
     "vllm_server_base_url": "use rollout_servers",
     "warmup_ratio": "there is no learning rate in TRPO: max_kl is the size of an update",
     "warmup_steps": "there is no learning rate in TRPO: max_kl is the size of an update",
@@ -361,7 +361,7 @@ class TrainerConfig(ModelSettings):
     rollout_servers: list[str] | None = option(
         None,
         "URLs of vLLM servers that sample in place of this process, e.g. http://host:8000; "
-        "recipes/serve.py starts one",
+        "`trpo-lm serve` starts one",
     )
     rollout_timeout: float | None = option(
         None,

@@ -54,7 +54,13 @@ def main() -> None:
         shard_base=a.shard_base,
     )  # fmt: skip
     algorithm = TRPO(fisher_completions=a.fisher_completions, max_ref_kl=0.05)
-    made = Trainer(a.model, load_reward(a.reward_function), a.dataset, args, algorithm=algorithm)
+    made = Trainer(
+        a.model,
+        load_reward(a.reward_function),
+        train_dataset=a.dataset,
+        args=args,
+        algorithm=algorithm,
+    )
     ranks, start = made.ranks, made.policy.parameters.vector()
     loaded, most_loaded = resident()
     sample, file = made._rollout, out / "completions.pt"

@@ -57,7 +57,7 @@ def trainer(a, length: int, algorithm, updates: int = 1) -> Trainer:
         output_dir=mkdtemp(), updates=updates, prompts_per_update=a.prompts,
         completions_per_prompt=a.each, max_completion_length=length, critic="value_head",
     )  # fmt: skip
-    return Trainer(a.model, vowels, a.dataset, args, algorithm=algorithm)
+    return Trainer(a.model, vowels, train_dataset=a.dataset, args=args, algorithm=algorithm)
 
 
 def sampled(a, length: int) -> tuple[BatchObjective, TRPOState]:

@@ -73,7 +73,7 @@ def run() -> None:
     )  # fmt: skip
     settings = {"max_ref_kl": a.max_ref_kl, "max_kl": a.max_kl}
     reward = a.reward_model if a.reward_function is None else load_reward(a.reward_function)
-    trainer = TRPOTrainer(a.model, reward, a.dataset, args, settings=settings)
+    trainer = TRPOTrainer(a.model, reward, train_dataset=a.dataset, args=args, settings=settings)
     tables = {}
     for stop in sorted(a.updates):
         while trainer.updates_done < stop:

@@ -43,8 +43,9 @@ def classifier(folder, seed):
 def train(folder, name, *, reward, model=None, peft=None, **options):
     options = {"updates": 4, "eval_steps": 1, "save_steps": 2, "save_total_limit": 1} | options
     made = Trainer(
-        model or str(folder / "model"), reward, runs.PROMPTS, runs.config(folder / name, **options),
-        runs.HELD_OUT, peft_config=peft, algorithm=runs.ALGORITHMS["trpo"](), plots=False,
+        model or str(folder / "model"), reward, train_dataset=runs.PROMPTS,
+        eval_dataset=runs.HELD_OUT, args=runs.config(folder / name, **options),
+        peft_config=peft, algorithm=runs.ALGORITHMS["trpo"](), plots=False,
     )  # fmt: skip
     made.train()
     return made
@@ -162,9 +163,9 @@ def test_the_prompts_it_was_evaluated_on_are_kept_with_their_columns(scene):
     assert load_prompts(folder / "run" / "held_out.jsonl").prompts == runs.HELD_OUT
     data = [{"prompt": "w1 w2", "label": i, "odd": {1}} for i in range(3)]
     Trainer(
-        str(folder / "model"), runs.score, runs.PROMPTS,
-        runs.config(folder / "function", updates=1, eval_prompts=2), data, peft_config=tiny.lora(),
-        plots=False,
+        str(folder / "model"), runs.score, train_dataset=runs.PROMPTS,
+        args=runs.config(folder / "function", updates=1, eval_prompts=2), eval_dataset=data,
+        peft_config=tiny.lora(), plots=False,
     ).train()  # fmt: skip
     kept = load_prompts(folder / "function" / "held_out.jsonl")
     assert kept.prompts == ["w1 w2"] * 2 and kept.columns["label"] == [0, 1]

@@ -438,10 +438,11 @@ def test_B35_a_table_of_positions_that_is_too_short_is_found_at_the_start(kind):
         model.bert.embeddings.register_buffer("position_ids", torch.arange(99)[None])
     reward = RewardModel(model, rm.make_tokenizer())
     options = {"processing_class": tiny.tokenizer(), "peft_config": tiny.lora()}
+    options["train_dataset"] = ["w1 w2"]
     args = TrainerConfig(max_completion_length=2, updates=1)
-    assert Trainer.examine(tiny.build(), reward, ["w1 w2"], args, **options).error is None
+    assert Trainer.examine(tiny.build(), reward, args=args, **options).error is None
     args = TrainerConfig(max_completion_length=20, updates=1)
-    error = Trainer.examine(tiny.build(), reward, ["w1 w2"], args, **options).error
+    error = Trainer.examine(tiny.build(), reward, args=args, **options).error
     assert "cannot score a text of 8" in str(error) and "model_max_length" in error.hint
 
 
@@ -464,9 +465,9 @@ def test_B30_a_token_without_an_embedding_is_named(case):
     train, held_out = data.get(case, (["w1"], None))
     with pytest.raises(TrpoLMError, match=f"token '{word}' has the id .* for {tiny.V} ") as error:
         Trainer(
-            tiny.build(), lambda completions: [0.0] * len(completions), train,
-            TrainerConfig(prompts_per_update=2), held_out, processing_class=grown(**special),
-            peft_config=tiny.lora(),
+            tiny.build(), lambda completions: [0.0] * len(completions), train_dataset=train,
+            args=TrainerConfig(prompts_per_update=2), eval_dataset=held_out,
+            processing_class=grown(**special), peft_config=tiny.lora(),
         )  # fmt: skip
     assert error.value.where == ("prompt in row 1" if word == "new" else f"{case} token")
 
@@ -496,7 +497,7 @@ def test_the_examination_prints_what_was_checked_with_yes_or_no(tmp_path):
     def checked(model, reward):
         folder = str(tmp_path / "run")
         return Trainer.examine(
-            model, reward, ["w1 w2"], TrainerConfig(output_dir=folder),
+            model, reward, train_dataset=["w1 w2"], args=TrainerConfig(output_dir=folder),
             processing_class=tiny.tokenizer(), peft_config=tiny.lora(),
         )  # fmt: skip
 

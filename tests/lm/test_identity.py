@@ -85,8 +85,9 @@ def test_B03_an_object_equals_its_files_in_its_own_precision(tmp_path, kind, dty
 
 def train(folder, model, **options):
     made = Trainer(
-        model, runs.score, runs.PROMPTS, runs.config(folder, **OPTIONS | options),
-        processing_class=tiny.tokenizer(), algorithm=runs.ALGORITHMS["trpo"](), plots=False,
+        model, runs.score, train_dataset=runs.PROMPTS,
+        args=runs.config(folder, **OPTIONS | options), processing_class=tiny.tokenizer(),
+        algorithm=runs.ALGORITHMS["trpo"](), plots=False,
     )  # fmt: skip
     made.train()
     return made

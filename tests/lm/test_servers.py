@@ -365,7 +365,7 @@ def test_a_server_that_is_not_there_is_a_mistake_of_the_start(small, tmp_path, k
         small.lie, small.answer = None, lambda path, body: "hello"
     with pytest.raises(TrpoLMError, match=small.url) as error:
         joined(tmp_path, url, patience=0.3)
-    assert error.value.where == "rollout_servers" and "recipes/serve.py" in error.value.hint
+    assert error.value.where == "rollout_servers" and "trpo-lm serve" in error.value.hint
     assert error.value.exit_code == 2
 
 

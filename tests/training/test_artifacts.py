@@ -25,9 +25,10 @@ def finished(tmp_path_factory):
             patch.setenv(name, secret)
         patch.setattr(sys, "orig_argv", ["python", "train.py", "--hub_token", secret, "--seed=1"])
         made = Trainer(
-            str(folder / "model"), runs.score, runs.PROMPTS,
-            runs.config(folder / "run", updates=3, eval_steps=2, report_to="tensorboard"),
-            runs.HELD_OUT, peft_config=tiny.lora(), algorithm=runs.ALGORITHMS["trpo"](),
+            str(folder / "model"), runs.score, train_dataset=runs.PROMPTS,
+            args=runs.config(folder / "run", updates=3, eval_steps=2, report_to="tensorboard"),
+            eval_dataset=runs.HELD_OUT, peft_config=tiny.lora(),
+            algorithm=runs.ALGORITHMS["trpo"](),
         )  # fmt: skip
         made.train()
     return folder, made, secret

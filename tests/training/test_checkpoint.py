@@ -29,7 +29,7 @@ from trpo_lm.training.checkpoint import (
     newest_usable,
     remove_unfinished,
 )
-from trpo_lm.training.folder import RunFolder
+from trpo_lm.training.folder import OutputLock, RunFolder
 from trpo_lm.training.manifest import MANIFEST
 from trpo_lm.training.stages import Stages
 
@@ -274,9 +274,22 @@ def test_X03_killed_at_random_times(tmp_path):
 def test_newest_checkpoint_spares_the_work_of_a_living_process(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".tmp-checkpoint-000002-ab").mkdir()
-    (tmp_path / ".lock").write_text(f"{os.getppid()}\n")
+    locked, done = fork.Event(), fork.Event()
+
+    def hold():
+        with OutputLock(tmp_path):
+            locked.set()
+            done.wait(60)
+
+    living = fork.Process(target=hold)
+    living.start()
+    assert locked.wait(60)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-000001"
     assert (tmp_path / ".tmp-checkpoint-000002-ab").is_dir()
+    done.set()
+    living.join(60)
+    newest_checkpoint(tmp_path)
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 # ---------------------------------------------------------------- damage

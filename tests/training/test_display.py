@@ -27,8 +27,8 @@ def test_nothing_but_our_own_lines_reaches_the_screen(tmp_path, capfd, monkeypat
     )
     (tmp_path / "p.csv").write_text("prompt\nw1 w2\nw3\n")
     Trainer(
-        str(tmp_path / "model"), runs.score, str(tmp_path / "p.jsonl"),
-        runs.config(tmp_path / "run", updates=1), str(tmp_path / "p.csv"),
+        str(tmp_path / "model"), runs.score, train_dataset=str(tmp_path / "p.jsonl"),
+        args=runs.config(tmp_path / "run", updates=1), eval_dataset=str(tmp_path / "p.csv"),
         plots=False,
     ).train()  # fmt: skip
     out, errors = capfd.readouterr()
@@ -65,7 +65,8 @@ def test_samples_on_the_way_call_no_reward_and_change_no_bit(tmp_path, capsys, m
         assert policy.split()[2:] == lines[2 * k]["completion"].split()
 
 
-def test_the_end_of_a_run_names_what_to_do_next(tmp_path, capsys):
+def test_the_end_of_a_run_names_what_to_do_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     trainer(tmp_path, updates=1).train()
     out = capsys.readouterr().out
     for recipe in ("evaluate.py", "token_view.py", "merge.py"):

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import trpo_lm
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.training.folder import OutputLock, RunFolder, check_run_name
 
@@ -167,6 +169,37 @@ def test_X11_a_lock_file_that_names_no_process(tmp_path, content):
     with OutputLock(tmp_path):
         pass
     assert not (tmp_path / ".lock").exists()
+
+
+def test_X11_nobody_waits_for_a_pipe_or_writes_through_a_link(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(TrpoLMError, match="not a regular file"), OutputLock(tmp_path):
+        pass
+    (tmp_path / ".lock").unlink()
+    (tmp_path / "keep").write_text("keep")
+    (tmp_path / ".lock").symlink_to(tmp_path / "keep")
+    with pytest.raises(TrpoLMError, match="it is a link"), OutputLock(tmp_path):
+        pass
+    assert (tmp_path / "keep").read_text() == "keep"
+
+
+def test_X11_a_child_that_outlives_its_parent_holds_no_lock(tmp_path):
+    code = HOLD.replace(
+        'print("lo', 'import os, time\n    os.fork() or time.sleep(30)\n    print("lo'
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+    holder.kill()
+    holder.wait(30)
+    with OutputLock(tmp_path):
+        pass
+
+
+def test_fcntl_is_imported_nowhere():
+    package = Path(trpo_lm.__file__).parent
+    assert not [p for p in package.rglob("*.py") if "fcntl" in p.read_text(encoding="utf-8")]
 
 
 def test_X11_only_one_of_many_gets_the_lock(tmp_path):

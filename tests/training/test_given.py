@@ -11,7 +11,7 @@ import tiny
 import torch
 from runs import trainer
 
-from trpo_lm import TRPO, TrainerConfig
+from trpo_lm import TRPO, PPOTrainer, Trainer, TrainerConfig, TRPOTrainer
 from trpo_lm.analysis.saved_run import open_run
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.report.figures import plot_run
@@ -133,3 +133,11 @@ def test_B59_a_report_tries_its_output_before_it_draws(tmp_path):
     (tmp_path / "file").write_text("keep")
     with pytest.raises(TrpoLMError, match="cannot write"):
         plot_run(tmp_path / "run", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("make", [Trainer, TRPOTrainer, PPOTrainer, Trainer.plan, Trainer.examine])
+def test_a_third_argument_without_its_name_is_named_in_the_error(make):
+    with pytest.raises(TypeError, match=r"only model and reward_funcs .* write train_dataset=\.+$"):
+        make("lm", runs.score, ["w1"])
+    with pytest.raises(TypeError, match=r"write train_dataset=\.\.\., args=\.\.\.$"):
+        make("lm", runs.score, ["w1"], None, eval_dataset=["w2"])

@@ -115,7 +115,9 @@ def test_nothing_but_the_config_is_read(tmp_path, monkeypatch):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
-    found = Trainer.plan(str(tmp_path), None, ["w1"], TrainerConfig(), memory="24GiB")
+    found = Trainer.plan(
+        str(tmp_path), None, train_dataset=["w1"], args=TrainerConfig(), memory="24GiB"
+    )
     assert isinstance(found, Plan) and found.model == str(tmp_path) and found.fits
     assert "(assumed)" in found.batch and "fits: yes" in str(found)
     header, *rows = found.as_table()
@@ -124,7 +126,11 @@ def test_nothing_but_the_config_is_read(tmp_path, monkeypatch):
 
 def test_prompts_are_measured_where_tokenizer_and_data_are_at_hand():
     found = Trainer.plan(
-        tiny.build(), None, ["w1", "w1 w2 w3"], TrainerConfig(), processing_class=tiny.tokenizer()
+        tiny.build(),
+        None,
+        train_dataset=["w1", "w1 w2 w3"],
+        args=TrainerConfig(),
+        processing_class=tiny.tokenizer(),
     )
     assert "prompts of 4 (the longest)" in found.batch
     assert found.memory == device_memory(torch.device("cpu"))

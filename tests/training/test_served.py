@@ -75,9 +75,9 @@ def test_two_servers_draw_what_one_draws(server, tmp_path):
 def test_a_reference_that_came_as_an_adapter_is_published_too(server, tmp_path):
     model = tiny.policy("llama", spread=0.1).model
     made = Trainer(
-        model, runs.score, runs.PROMPTS,
-        runs.config(tmp_path / "run", rollout_servers=[server.url], updates=1), runs.HELD_OUT,
-        processing_class=tiny.tokenizer(), plots=False,
+        model, runs.score, train_dataset=runs.PROMPTS,
+        args=runs.config(tmp_path / "run", rollout_servers=[server.url], updates=1),
+        eval_dataset=runs.HELD_OUT, processing_class=tiny.tokenizer(), plots=False,
     )  # fmt: skip
     made.train()
     asked = [body["model"] for path, body in server.log if path == "/v1/completions"]
@@ -111,8 +111,8 @@ def test_two_ranks_publish_once_and_share_a_server(server, tmp_path, shard_base)
 def test_the_servers_are_part_of_the_examination(server, tmp_path):
     data = runs.PROMPTS
     found = Trainer.examine(
-        tiny.build("llama"), runs.score, data,
-        runs.config(tmp_path / "run", rollout_servers=[server.url]),
+        tiny.build("llama"), runs.score, train_dataset=data,
+        args=runs.config(tmp_path / "run", rollout_servers=[server.url]),
         processing_class=tiny.tokenizer(), peft_config=tiny.lora(),
     )  # fmt: skip
     checks = [f.checked for f in found.findings if "server" in f.checked]

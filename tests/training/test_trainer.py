@@ -337,7 +337,7 @@ def test_S05_a_built_in_model_takes_its_own_class_and_not_the_code_beside_it(tmp
         said = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(said | {"auto_map": classes}))
     made = Trainer(
-        str(folder), runs.score, runs.PROMPTS, runs.config(tmp_path / "run"),
+        str(folder), runs.score, train_dataset=runs.PROMPTS, args=runs.config(tmp_path / "run"),
         peft_config=tiny.lora(),
     )  # fmt: skip
     assert type(made.policy.base) is GPT2LMHeadModel
@@ -350,8 +350,8 @@ def test_T04_a_tokenizer_without_a_pad_token_makes_the_same_run_and_is_said(tmp_
 
     for name, pad in (("with", True), ("without", False)):
         made = Trainer(
-            tiny.build(eos_token_id=[2, 6]), reward, runs.PROMPTS,
-            runs.config(tmp_path / name, updates=2), processing_class=tiny.tokenizer(pad=pad),
+            tiny.build(eos_token_id=[2, 6]), reward, train_dataset=runs.PROMPTS,
+            args=runs.config(tmp_path / name, updates=2), processing_class=tiny.tokenizer(pad=pad),
             peft_config=tiny.lora(), algorithm=runs.ALGORITHMS["trpo"](), plots=False,
         )  # fmt: skip
         made.train()

@@ -273,7 +273,7 @@ def merge(run: FinishedRun, out: str | Path) -> None:
     if policy.quantized or dtype_name(policy.base) in ("bfloat16", "float16"):
         raise TrpoLMError(
             "an adapter can be merged into weights of full precision only", where=str(run.folder),
-            hint="open_run(folder, plain=True), as recipes/merge.py does",
+            hint="open_run(folder, plain=True), as `trpo-lm merge` does",
         )  # fmt: skip
     probe_text = policy.probe_inputs()
     with torch.no_grad():

@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trpo_lm.comparison_page", description=main.__doc__
     )
-    parser.add_argument("folder", help="output_dir of recipes/compare.py")
+    parser.add_argument("folder", help="output_dir of a comparison")
     parser.add_argument(
         "--frontier", metavar="FILE.png", type=Path,
         help="draw only the frontier of the featured arms, into this file",

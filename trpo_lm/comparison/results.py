@@ -151,7 +151,7 @@ def load_comparison(folder: str | Path) -> Comparison:
     if not (folder / "reference.json").is_file() or not files:
         raise TrpoLMError(
             "no run of a comparison is finished here", where=str(folder),
-            hint="run recipes/compare.py with --output_dir set to this folder",
+            hint="run `trpo-lm compare` with --output_dir set to this folder",
         )  # fmt: skip
     runs: dict[str, list[Run]] = {}
     for file in files:

@@ -260,7 +260,12 @@ class Sweep:
     def _trainer(self, args: TrainerConfig, rule: Algorithm) -> Trainer:
         args = replace(args, resume_from_checkpoint="auto", logging_steps=1, save_total_limit=1)
         return Trainer(
-            self.model, self.reward, self.prompts, args, algorithm=rule, display=self.progress
+            self.model,
+            self.reward,
+            train_dataset=self.prompts,
+            args=args,
+            algorithm=rule,
+            display=self.progress,
         )
 
     def _task(self, args: TrainerConfig) -> Task:

@@ -55,7 +55,7 @@ PROBES, PROBE_TOKENS = 8, 16
 MOVES = (0.01, 0.04, 0.16)  # of each parameter, until the probe is FAR from the base
 CLOSE = {8: 1e-3, 4: 1e-3, 2: 0.05, 1: 0.05}  # nats a token, by bytes of the base's numbers
 FAR = 10  # times that
-FLAGS = "start it as recipes/serve.py does, which prints the flags it needs"
+FLAGS = "start it as `trpo-lm serve` does, which prints the flags it needs"
 
 _open = build_opener(ProxyHandler({})).open  # servers are neighbours: no proxy stands between
 

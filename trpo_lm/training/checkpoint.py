@@ -36,8 +36,8 @@ from trpo_lm.training.folder import (
     discard,
     disk_fault,
     is_checkpoint_name,
+    is_locked,
     load_settings,
-    lock_holder,
     save_settings,
     temporary,
 )
@@ -218,7 +218,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def remove_unfinished(run: RunFolder) -> None:
     """Delete unfinished checkpoints of a killed process, unless another one holds the lock."""
-    if lock_holder(run.path) in (None, os.getpid()):
+    if not is_locked(run.path):
         for stale in run.path.glob(".tmp-checkpoint-*"):
             discard(stale)
 

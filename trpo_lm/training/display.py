@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from trpo_lm.cli import recipe_command
 from trpo_lm.config import Limits
 from trpo_lm.lm.mdp import TokenMDP, ignored_sampling
 from trpo_lm.lm.objective import choose_product, completions_in_fisher
@@ -198,5 +199,5 @@ def show_outcome(
         display.note(f"best:     {run.best}/, the policy of update {best.update}")
     display.note("next:")
     quoted = shlex.quote(str(run.path))
-    for command in ("evaluate.py {}", "token_view.py {}", "merge.py {} {}-merged"):
-        display.note(f"  python recipes/{command.format(quoted, quoted)}")
+    for recipe, words in (("evaluate", "{}"), ("token_view", "{}"), ("merge", "{} {}-merged")):
+        display.note(f"  {recipe_command(recipe)} {words.format(quoted, quoted)}")

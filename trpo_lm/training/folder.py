@@ -10,25 +10,25 @@ plots/, README.md            figures; model card
 adapter_model.safetensors    trained adapter, by the name peft gives it
 value_head.safetensors       critic, in best/ and checkpoints too
 MANIFEST.json                update and digests of these files, written last; see `manifest`
-.lock, .tmp-*                pid of the process that writes here; whatever is unfinished
+.lock, .tmp-*                held by the process that writes here; whatever is unfinished
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from trpo_lm.config import LORA, TrainerConfig, describe
@@ -266,72 +266,61 @@ def disk_fault(error: Exception, folder: Path) -> Exception:
 class OutputLock:
     """Keeps other processes out of a run's folder: `with OutputLock(folder): ...`.
 
-    `.lock` holds the pid of the process that writes there. The lock of a dead process is taken
-    over. The process that holds it may take it again; the outermost `with` removes it. Only the
-    processes of one machine are told apart. Take it on rank 0 only.
+    The operating system holds the lock, on `.lock`, until the `with` or the process ends; where a
+    file system has no locks, filelock marks the file instead. The first line of `.lock` is the pid
+    of its holder. The process that holds it may take it again; the outermost `with` removes the
+    file. Take it on rank 0 only.
 
     Raises:
-        TrpoLMError: On entering, if another living process holds the lock.
+        TrpoLMError: On entering, if another process holds the lock, or it is no regular file.
     """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / ".lock"
-        self._removes = False
+        self._lock = FileLock(
+            self.path.absolute(), timeout=0, thread_local=False, is_singleton=True
+        )
 
     def __enter__(self) -> OutputLock:
-        with _locked(self.path) as file:
-            holder = lock_holder(self.path.parent)
-            if holder not in (None, os.getpid()):
-                raise TrpoLMError(
-                    f"{self.path.parent} is locked by pid {holder}",
-                    where="output_dir",
-                    hint=f"stop that run, or name another folder; if pid {holder} is not a run, "
-                    f"delete {self.path}",
-                )
-            self._removes = holder is None
-            file.seek(0)
-            file.truncate()
-            file.write(f"{os.getpid()}\n")
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            kind = "a link" if self.path.is_symlink() else "not a regular file"
+            what = f"the lock cannot be used: it is {kind}"
+            raise TrpoLMError(what, where=str(self.path), hint=f"delete {self.path}")
+        try:
+            self._lock.acquire()
+        except Timeout:
+            pid = _pid(self.path)
+            raise TrpoLMError(
+                f"{self.path.parent} is locked by {f'pid {pid}' if pid else 'another process'}",
+                where="output_dir",
+                hint=f"stop that run, or name another folder; if there is none, delete {self.path}",
+            ) from None
+        if _pid(self.path) != os.getpid():  # filelock's own mark begins with it
+            with suppress(OSError), open(self.path, "wb", opener=regular) as file:
+                file.write(b"%d\n" % os.getpid())  # on Windows a locked file cannot be written
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._removes:
-            with suppress(OSError, TrpoLMError), _locked(self.path):  # it ends with the process
-                if lock_holder(self.path.parent) == os.getpid():
-                    self.path.unlink()
+        if self._lock.lock_counter == 1:
+            with suppress(OSError):  # before it is released, so that only its holder removes it
+                self.path.unlink()
+        self._lock.release()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[TextIO]:
-    """Open a file for one process at a time."""
-    while True:  # until it is not one that another process removed while this one waited
-        try:
-            file = open(path, "a+", opener=regular)  # noqa: SIM115
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR):
-                raise
-            what = f"the lock cannot be used: {error.strerror}"
-            raise TrpoLMError(what, where=str(path), hint=f"delete {path}") from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                yield file
-                return
-
-
-def lock_holder(folder: Path) -> int | None:
-    """Return the pid of the living process that holds a folder's lock, if there is one."""
+def _pid(path: Path) -> int | None:
+    """Return the pid in the first line of a lock's file, if there is one."""
     try:
-        content = read_file(folder / ".lock", largest=100)
-        pid = int(content) if content.endswith(b"\n") else 0  # else its writer was killed
-    except ValueError:  # TrpoLMError is one
+        return int(read_file(path, largest=1000).splitlines()[0])
+    except (ValueError, IndexError):  # TrpoLMError is a ValueError
         return None
-    if pid <= 0:
-        return None
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process writes into a folder."""
     try:
-        os.kill(pid, 0)
-    except PermissionError:  # it lives, under another user
-        return pid
-    except (OSError, OverflowError):
-        return None
-    return pid
+        with OutputLock(folder):
+            return False
+    except FileNotFoundError:  # there is no folder
+        return False
+    except TrpoLMError:
+        return True

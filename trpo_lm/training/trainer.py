@@ -17,8 +17,10 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
@@ -62,12 +64,34 @@ LONG = 2.0  # seconds that the examination may take without a word
 CallbackLike = TrainerCallback | type[TrainerCallback]
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _named(function: F) -> F:
+    """Let a third positional argument be an error that names it, where Python only counts."""
+    parameters = [p for p in signature(function).parameters.values() if p.name != "self"]
+    after = next(i for i, p in enumerate(parameters) if p.kind is Parameter.KEYWORD_ONLY)
+
+    @wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        given = args[1:] if function.__name__ == "__init__" else args
+        if len(given) > after:
+            names = ", ".join(f"{p.name}=..." for p in parameters[after : len(given)])
+            raise TypeError(
+                f"Trainer takes only model and reward_funcs without their names; write {names}"
+            )
+        return function(*args, **options)
+
+    return cast(F, checked)
+
+
 class Trainer:
     """Trains a causal LM to raise the score of its completions.
 
     Args:
         model: Hugging Face name or path, a causal LM, or a PeftModel.
-        reward_funcs: One or several functions or reward models; see `rewards.Rewards`.
+        reward_funcs: One or several functions or reward models; see `rewards.Rewards`. What
+            follows is given by name.
         train_dataset: Prompts; see `prompts.load_prompts`.
         args: Everything that is not the algorithm.
         eval_dataset: Held-out prompts.
@@ -88,10 +112,12 @@ class Trainer:
     after: Evaluation | None = None  # of the policy, the latest
     best: BestPolicy | None = None
 
+    @_named
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any,
+        *,
         train_dataset: Any,
         args: TrainerConfig | None = None,
         eval_dataset: Any = None,
@@ -100,7 +126,6 @@ class Trainer:
         peft_config: PeftConfig | None = None,
         algorithm: Algorithm[Any] | None = None,
         prompt_column: str = "prompt",
-        *,
         display: Display | None = None,
         plots: bool = True,
     ):
@@ -153,9 +178,11 @@ class Trainer:
         self._boundary = self._snapshot()
 
     @staticmethod
+    @_named
     def plan(
         model: Any,
         reward_funcs: Any = None,
+        *,
         train_dataset: Any = None,
         args: TrainerConfig | None = None,
         eval_dataset: Any = None,
@@ -164,7 +191,6 @@ class Trainer:
         peft_config: PeftConfig | None = None,
         algorithm: Algorithm[Any] | None = None,
         prompt_column: str = "prompt",
-        *,
         memory: str | float | None = None,
         **_: Any,
     ) -> Plan:
