@@ -15,7 +15,8 @@ from trpo_lm.config import (
     TrainerConfig,
     TRPOSettings,
 )
-from trpo_lm.training.metrics import DASHBOARD, METRICS
+from trpo_lm.report.glossary import METRICS
+from trpo_lm.training.metrics import DASHBOARD
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {

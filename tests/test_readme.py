@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 
 import trpo_lm
 from trpo_lm import Trainer, TrainerConfig
-from trpo_lm.training.metrics import METRICS
+from trpo_lm.report.glossary import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

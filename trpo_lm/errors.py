@@ -12,7 +12,7 @@ _UNPRINTABLE = dict.fromkeys(
 )  # fmt: skip
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of a message, or the error's type where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

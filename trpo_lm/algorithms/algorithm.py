@@ -14,7 +14,7 @@ from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.storage import Row
 
 State = TypeVar("State")
-Metrics = dict[str, float | str | bool | None]  # by names of training.metrics.METRICS
+Metrics = dict[str, float | str | bool | None]  # by names of report.glossary.METRICS
 
 
 class Algorithm(Protocol[State]):

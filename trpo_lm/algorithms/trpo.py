@@ -170,7 +170,7 @@ def learned(state: TRPOState, update: Update, R: float, max_kl: float) -> TRPOSt
 
 
 def metrics(update: Update, limits: StepLimits, signal: Noise) -> Metrics:
-    """Return what an update did under the names of `training.metrics.METRICS`."""
+    """Return what an update did under the names of `report.glossary.METRICS`."""
     step, search, trial = update.step, update.search, update.search.trial
     accepted, solves = search.accepted, [s for s in (update.v, update.w) if s is not None]
     return {

@@ -7,6 +7,7 @@ failure on one rank is raised on all.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trpo_lm.config import TrainerConfig
-from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.errors import RunFault, TrpoLMError, first_line
 from trpo_lm.lm.prompts import Prompts
 from trpo_lm.lm.rollout import Rollout
+from trpo_lm.report.page_sections import State
+from trpo_lm.report.run_page import PAGE, RunPage
+from trpo_lm.storage import append_json_line
 from trpo_lm.training import artifacts
 from trpo_lm.training.assembly import Parts
 from trpo_lm.training.best import BestPolicy, recover_best, save_best
@@ -48,6 +52,7 @@ from trpo_lm.training.state import (
 )
 
 T = TypeVar("T")
+PAGE_SHARE = 0.005  # of a run's time that its page may take
 
 
 class Archive:
@@ -59,7 +64,7 @@ class Archive:
         parts: What is trained.
         ranks: The processes of the run.
         stage: Names the steps.
-        plots: Whether figures are drawn.
+        plots: Whether figures are drawn, and the page is written.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class Archive:
     ):
         self.folder, self.args, self.settings = RunFolder(args.output_dir), args, settings
         self.parts, self.ranks, self.stage, self.plots = parts, ranks, stage, plots
+        self._page, self._page_due = RunPage(self.folder.path), 0.0
+        self._page_fault = False
         self._resume_from = args.resume_from_checkpoint
         if self._resume_from not in (None, "auto"):
             self._resume_from = os.path.abspath(os.path.expanduser(self._resume_from))
@@ -188,6 +195,39 @@ class Archive:
         """Append an update and every rank's completions to the logs."""
         lines = self.ranks.gather(artifacts.completion_lines(rollout, row["update"]))
         self._on_main(lambda: self.folder.append(row, lines))
+
+    def log_samples(self, rows: Sequence[Row], update: int, of: str) -> None:
+        """Append completions beside the reference's, those of rank 0, to their log."""
+
+        def append() -> None:
+            for row in rows:
+                append_json_line(self.folder.samples, {"update": update, "of": of, **row})
+
+        self._on_main(append)
+
+    def write_page(self, state: State) -> str | None:
+        """Write the page of the run, if rank 0 has the time for it.
+
+        While the run goes on, its page takes at most `PAGE_SHARE` of the time. A failure is the
+        page's alone.
+
+        Returns:
+            A note, the first time that the page could not be written.
+        """
+        begun = time.monotonic()
+        due = begun >= self._page_due or state.kind != "running"
+        if not (self.plots and self.ranks.main and due):
+            return None
+        note = None
+        try:
+            self._page.write(state)
+        except Exception as error:
+            if not self._page_fault:
+                note = f"the page {PAGE} could not be written: {first_line(error)}"
+            self._page_fault = True
+        now = time.monotonic()
+        self._page_due = now + (now - begun) / PAGE_SHARE
+        return note
 
     def save_best(self, policy: BestPolicy) -> None:
         """Put the current policy into best/."""

@@ -193,6 +193,7 @@ def show_outcome(
         header = ["", "score", "reference KL, nats per completion"]
         display.table("held-out prompts", header, scores)
     display.table("what changed", ["", "first", "last"], summary(rows))
+    display.note(f"page:     {run.page}")
     display.note(f"pictures: {run.plots}/")
     display.note(f"adapter:  {run.adapter}")
     if best is not None:

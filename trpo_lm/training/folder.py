@@ -3,10 +3,11 @@
 config.yaml                  resolved settings
 metrics.jsonl                one row an update
 completions.jsonl            one row a completion
+samples.jsonl                completions beside the reference's
 held_out.jsonl               prompts of the evaluations
 checkpoint-000012/           what a run resumes from; see `checkpoint`
 best/, best/best.json        best evaluated policy within the budget; see `best`
-plots/, README.md            figures; model card
+run.html, plots/, README.md  page that follows the run; figures; model card
 adapter_model.safetensors    trained adapter, by the name peft gives it
 value_head.safetensors       critic, in best/ and checkpoints too
 MANIFEST.json                update and digests of these files, written last; see `manifest`
@@ -33,6 +34,7 @@ from safetensors import SafetensorError
 
 from trpo_lm.config import LORA, TrainerConfig, describe
 from trpo_lm.errors import RunFault, TrpoLMError
+from trpo_lm.report.run_page import PAGE
 from trpo_lm.storage import (
     Row,
     append_json_line,
@@ -58,7 +60,8 @@ class RunFolder:
 
     Attributes:
         path: The folder, absolute: a reward may change the current directory.
-        settings, metrics, completions, held_out, card, plots, adapter, best: Paths in it.
+        settings, metrics, completions, samples, held_out, card, plots, page, adapter, best:
+            Paths in it.
     """
 
     def __init__(self, path: str | Path):
@@ -66,9 +69,11 @@ class RunFolder:
         self.settings = self.path / SETTINGS
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.held_out = self.path / "held_out.jsonl"
         self.card = self.path / "README.md"
         self.plots = self.path / "plots"
+        self.page = self.path / PAGE
         self.adapter = self.path / ADAPTER
         self.best = self.path / "best"
 
@@ -116,12 +121,12 @@ class RunFolder:
 
     def truncate(self, update: int) -> None:
         """Drop what was logged after an update."""
-        for log in (self.metrics, self.completions):
+        for log in (self.metrics, self.completions, self.samples):
             truncate_json_lines(log, update)
 
     def sync_logs(self) -> None:
         """Force the logs to the disk: a checkpoint is never ahead of them."""
-        for log in (self.metrics, self.completions):
+        for log in (self.metrics, self.completions, self.samples):
             if log.exists():
                 sync(log)
 

@@ -24,64 +24,9 @@ from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.policy import Policy
 from trpo_lm.lm.rollout import Batch, Rollout
 from trpo_lm.lm.sampling import WATCHED
+from trpo_lm.report.glossary import CAUSES, METRICS
 from trpo_lm.storage import Row
 from trpo_lm.training.ranks import Ranks, SharedFault
-
-# "per completion" = summed over a completion's tokens, averaged over completions.
-METRICS: dict[str, str] = {
-    "update": "number of this update, from 1",
-    "completions": "completions sampled so far in the run, all processes",
-    "tokens": "completion tokens sampled so far in the run, all processes",
-    "skipped": "why the policy was left alone in this update; null when it was not",
-    "objective/score_mean": "mean score of this update's completions, units of the reward",
-    "objective/score_std": "standard deviation of those scores, units of the reward",
-    "objective/ref_kl": "KL(old || ref) of this update's rollouts, nats per completion",
-    "objective/ref_kl_per_token": "the same, nats per token",
-    "objective/sampler_kl": "KL(sampler || old) by the log-probabilities with which tokens were "
-    "drawn (in process: in the first completions), nats per completion",
-    "objective/sampler_gap": "mean distance of those from the old policy's, nats per token",
-    "objective/sampler_truncated": "share of completions whose weight old / sampler was cut; null "
-    "where the sampler needs no weights",
-    "objective/entropy": "entropy of the policy that sampled, nats per token",
-    "objective/completion_length": "mean length of a completion, tokens",
-    "objective/eos_rate": "share of completions that end before the length limit",
-    "objective/equal_scores": "share of prompts whose several completions all got one score",
-    "objective/eval_score_mean": "mean score on held-out prompts after the update, reward's units",
-    "objective/eval_ref_kl": "KL(policy || ref) on held-out prompts, nats per completion",
-    "trust_region/kl": "exact KL(old || new) after the step, nats per completion",
-    "trust_region/kl_per_token": "the same, nats per token",
-    "trust_region/kl_max": "largest KL(old || new) of a single state, nats",
-    "trust_region/predicted_kl": "KL of the step by the quadratic model, nats per completion",
-    "trust_region/predicted_gain": "surrogate gain of the step by the linear model, per completion",
-    "trust_region/actual_gain": "surrogate gain measured after the step, per completion",
-    "trust_region/ref_kl_after": "KL(new || ref) estimated on the batch, nats per completion",
-    "trust_region/case": "which constraint bound the step: old, ref, both or recover",
-    "trust_region/alignment": "cosine of v and w in the Fisher metric; null without a budget near",
-    "trust_region/price": "of KL(policy || ref) in the step's objective, standard deviations of "
-    "the advantage per nat",
-    "trust_region/radius": "KL the step was allowed, at most max_kl, nats per completion",
-    "cg/iterations": "conjugate-gradient iterations of both solves",
-    "cg/residual": "relative residual of the gradient's solve, dimensionless",
-    "cg/status": "how the gradient's solve ended: converged, max_iterations, indefinite, nonfinite",
-    "cg/ref_status": "how the solve for the reference KL ended; null without a budget near",
-    "cg/product": "how Fisher products were made: retained, forward (both exact) or scores",
-    "cg/completions": "completions whose tokens made up the Fisher products, of all processes",
-    "cg/damping": "damping of both solves, as a share of the curvature along their right-hand side",
-    "line_search/trials": "step lengths tried",
-    "line_search/accepted": "whether a step was taken",
-    "line_search/reason": "why the last rejected trial was rejected, or why there was none",
-    "critic/explained_variance": "share of the returns' variance the critic explains, at most 1",
-    "critic/loss": "mean squared error of the critic, squared units of the reward",
-    "signal/half_batch_cosine": "cosine of the gradients of two halves of the batch, -1 to 1",
-    "signal/noise_scale": "completions at which the gradient's signal equals its noise",
-    "ppo/beta": "price of the reference KL after the update, units of the reward per nat",
-    "policy/checksum": "checksum of the trainable parameters after the update",
-    "time/rollout": "seconds spent on sampling",
-    "time/score": "seconds spent on rewards",
-    "time/update": "seconds spent on the policy's update",
-    "time/value": "seconds spent on the critic",
-    "time/total": "seconds of the whole update",
-}
 
 DASHBOARD = {  # names that TRL's dashboards read, from ours; what we call otherwise
     "reward": "objective/score_mean",
@@ -374,19 +319,6 @@ def _tensor(values: Sequence[float | None]) -> Tensor:
 NOISY_BATCHES, NOISY_UPDATES = 10, 5  # a noise scale worth a note, and over how many updates
 STALLED_UPDATES = 3
 BOUND_BY_BUDGET = ("ref", "both", "recover")
-
-# Likely causes of a stall, by how conjugate gradient or the line search ended.
-CAUSES = {
-    "nonfinite": "a Fisher product was not finite: a weight is nan or infinite, or dtype overflows",
-    "indefinite": "the Fisher is not positive definite to rounding: raise damping or "
-    "fisher_completions, or set dtype to float32",
-    "zero": "the gradient is zero: no completion of a batch is better than another",
-    "non-finite": "the model's logits overflow: lower max_kl, or set dtype to float32",
-    "kl above": "the quadratic model of the KL does not hold for the step: raise damping or "
-    "fisher_completions, or lower max_kl",
-    "reference kl": "the policy is at its budget: raise max_ref_kl, or end the run",
-    "gain below": "the gradient is mostly noise: raise prompts_per_update",
-}
 
 
 def notes(rows: Sequence[Row], size: int) -> list[str]:

@@ -31,10 +31,11 @@ from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig
 from trpo_lm.core.advantages import returns
-from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
+from trpo_lm.errors import Interrupted, RunFault, TrpoLMError, first_line
 from trpo_lm.lm.examination import Examination, examination
 from trpo_lm.lm.objective import BatchObjective
 from trpo_lm.lm.rollout import Batch, Rollout
+from trpo_lm.report.page_sections import State
 from trpo_lm.storage import Row
 from trpo_lm.training import assembly, metrics
 from trpo_lm.training.archive import Archive
@@ -60,6 +61,7 @@ from trpo_lm.training.sharding import shards_of
 from trpo_lm.training.stages import Stages
 from trpo_lm.training.state import TrainState, flat, restore, snapshot
 
+LOGGED_PAIRS = 32  # held-out prompts of an evaluation, beside the reference's completions
 LONG = 2.0  # seconds that the examination may take without a word
 CallbackLike = TrainerCallback | type[TrainerCallback]
 
@@ -102,7 +104,7 @@ class Trainer:
         algorithm: Update rule with its settings; `TRPO()` when None.
         prompt_column: Column of the datasets that holds the prompt.
         display: Where the run shows its progress; a `Console` when None.
-        plots: Whether to draw figures at the end.
+        plots: Whether to write the page of the run, and to draw figures at the end.
 
     Raises:
         TrpoLMError: For every mistake that can be found before generating.
@@ -257,10 +259,15 @@ class Trainer:
             with self.stage("start"):
                 begun = self._begin()
             if begun:
-                with self.stage("updates"):
-                    self._loop()
-                with self.stage("end"):
-                    self._finish()
+                try:
+                    with self.stage("updates"):
+                        self._loop()
+                    with self.stage("end"):
+                        self._finish()
+                except BaseException as stop:
+                    self._write_page("stopped", first_line(stop))
+                    raise
+                self._write_page("finished")
         return self.rows
 
     def _begin(self) -> bool:
@@ -286,6 +293,9 @@ class Trainer:
         self.display.banner(banner(self.parts, self.algorithm.limits, settings), first_score)
         for note in (*sampling_notes(self.parts), *product_notes(self.policy, settings)):
             self.display.note(note)
+        if self.archive.plots:
+            self.display.note(f"page        {self.archive.folder.page}")
+        self._write_page("running")
         self._boundary = self._snapshot()
         self.callbacks.event("on_train_begin")
         self.callbacks.resumed(self.rows)
@@ -436,6 +446,8 @@ class Trainer:
             "eval_ref_kl": self.after.ref_kl,
         }
         row |= {f"objective/{name}": value for name, value in numbers.items()}
+        pairs = before_and_after(self.before, self.after, LOGGED_PAIRS)
+        self.archive.log_samples(pairs, self.updates_done, "held-out prompt")
         self._flags.should_log = True
         self.callbacks.evaluated(numbers)
 
@@ -461,6 +473,7 @@ class Trainer:
         if self._stops() or self._flags.should_log:
             self.display.update(row, self.algorithm.limits)
             self.callbacks.log(row)
+            self._write_page("running")
         if not self._stops():
             self._show_samples(rollout)
 
@@ -470,7 +483,12 @@ class Trainer:
         if self.ranks.on_main(lambda: self.display.samples_due(update)):
             seed = (self.args.seed, "samples", update)
             rows = self.ranks.agree(lambda: samples(self.policy, self.mdp, rollout, seed=seed))
+            self.archive.log_samples(rows, update, "training prompt")
             self.ranks.on_main(lambda: self.display.samples(rows, f"samples of update {update}"))
+
+    def _write_page(self, kind: str, note: str = "") -> None:
+        if told := self.archive.write_page(State(kind, note)):
+            self.display.note(told)
 
     # ------------------------------------------------------------------ stopping and resuming
 
