@@ -291,6 +291,16 @@ def test_only_what_is_new_is_read_and_an_unfinished_line_waits(tmp_path):
     assert not tail.restarted() and [*tail.lines()] == [(8, b"three")]
 
 
+def test_a_log_that_was_replaced_by_a_longer_one_is_read_anew(tmp_path):
+    path, other = tmp_path / "log", tmp_path / "other"
+    tail = LogTail(path)
+    path.write_bytes(b"one\n")
+    assert tail.restarted() and [*tail.lines()] == [(0, b"one")]
+    other.write_bytes(b"first\nsecond\n")
+    other.replace(path)
+    assert tail.restarted() and [line for _, line in tail.lines()] == [b"first", b"second"]
+
+
 def test_a_log_that_a_resume_truncated_is_read_anew(run):
     page = RunPage(run)
     page.html(RUNNING)
