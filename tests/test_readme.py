@@ -105,6 +105,10 @@ def examples():
             yield pytest.param(block, id=f"{document}-{n}")
 
 
+def lengths(completions):
+    return [float(len(text)) for text in completions]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [*examples()])
 def test_python_examples_run(block, tmp_path, monkeypatch):
@@ -120,9 +124,7 @@ def test_python_examples_run(block, tmp_path, monkeypatch):
     monkeypatch.setattr(trpo_lm, "Trainer", Short)
     if "runs/sentiment" in block:
         args = TrainerConfig(output_dir="runs/sentiment")
-        Short(
-            "data/lm", lambda completions: [*map(len, completions)], ["a", "b"], args=args
-        ).train()
+        Short("data/lm", lengths, train_dataset=["a", "b"], args=args).train()
     exec(compile(block.replace("Qwen/Qwen2.5-0.5B", "data/lm"), "example", "exec"), {})
 
 

@@ -286,6 +286,11 @@ class OutputLock:
             self.path.absolute(), timeout=0, thread_local=False, is_singleton=True
         )
 
+    @property
+    def held(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._lock.is_locked
+
     def __enter__(self) -> OutputLock:
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
             kind = "a link" if self.path.is_symlink() else "not a regular file"
@@ -329,3 +334,14 @@ def is_locked(folder: Path) -> bool:
         return False
     except TrpoLMError:
         return True
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process of this machine, perhaps this one, writes into a folder.
+
+    A lock that is not there is not taken: a run that starts now must find its folder free.
+    """
+    lock = OutputLock(folder)
+    with suppress(PermissionError):
+        return lock.path.exists() and (lock.held or is_locked(folder))
+    return False

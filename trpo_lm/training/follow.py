@@ -16,7 +16,7 @@ from trpo_lm.report.log_tail import MetricsTail
 from trpo_lm.report.page_sections import State
 from trpo_lm.report.run_page import RunPage
 from trpo_lm.storage import read_json
-from trpo_lm.training.folder import RunFolder, lock_holder
+from trpo_lm.training.folder import RunFolder, is_running
 from trpo_lm.training.manifest import MANIFEST
 
 
@@ -34,7 +34,7 @@ def find_run(folder: str | None) -> Path:
         hint = "name the output_dir of a training"
         raise TrpoLMError(f"{folder!r} {what}", where="run", hint=hint)
     run = RunFolder(path)
-    if not (run.metrics.exists() or run.settings.exists() or lock_holder(path)):
+    if not (run.metrics.exists() or run.settings.exists() or is_running(path)):
         raise TrpoLMError(
             f"{folder!r} is not a run: it holds neither metrics.jsonl nor config.yaml",
             where="run",
@@ -48,7 +48,7 @@ def run_state(folder: Path) -> State:
 
     A run is finished when its results are those of the last update in its log.
     """
-    if lock_holder(folder) is not None:
+    if is_running(folder):
         return State("running")
     with suppress(TrpoLMError):
         update = read_json(folder / MANIFEST).get("update")
