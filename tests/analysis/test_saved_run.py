@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import runs
 import tiny
 import torch
 import yaml
@@ -17,6 +16,7 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+import runs
 from trpo_lm.analysis.saved_run import evaluate, merge, open_run
 from trpo_lm.analysis.token_view import token_rows
 from trpo_lm.core.divergences import categorical_kl

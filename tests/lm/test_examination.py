@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import runs
 import test_reward_models as rm
 import tiny
 import torch
@@ -21,6 +20,7 @@ from peft import (
 )
 from torch.nn.functional import pad
 
+import runs
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.config import TrainerConfig

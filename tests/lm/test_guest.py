@@ -6,12 +6,12 @@ import random
 
 import numpy as np
 import pytest
-import runs
 import tiny
 import torch
-from runs import trainer
 from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
 
+import runs
+from runs import trainer
 from trpo_lm.lm.guest import Guest
 from trpo_lm.lm.reward_models import RewardModel
 from trpo_lm.lm.rewards import Rewards

@@ -3,11 +3,11 @@
 import time
 
 import pytest
-import runs
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
 
+import runs
 from trpo_lm.analysis.saved_run import merge, open_run
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.identity import base_digest, equals_files, tensors_digest, tokenizer_digest

@@ -1,9 +1,9 @@
 """The files of a run on a disk that is full: case S09."""
 
 import pytest
+
 import runs
 from runs import trainer
-
 from trpo_lm import storage
 from trpo_lm.errors import RunFault
 

@@ -3,12 +3,12 @@
 import sys
 
 import pytest
-import runs
 import tiny
 import torch
 from peft import PeftModel
-from runs import trainer
 
+import runs
+from runs import trainer
 from trpo_lm import Trainer
 from trpo_lm.lm.loading import load_tokenizer
 

@@ -6,11 +6,11 @@ import signal
 from dataclasses import asdict, replace
 
 import pytest
-import runs
 import torch
-from runs import checkpoints, in_child, killed_at, trainer
 from safetensors.torch import load_file
 
+import runs
+from runs import checkpoints, in_child, killed_at, trainer
 from trpo_lm import Trainer
 from trpo_lm.errors import RunFault
 from trpo_lm.training.best import BestPolicy, is_better, load_best, recover_best, save_best

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import runs
-from runs import checkpoints, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+import runs
+from runs import checkpoints, trainer
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.training.metrics import Evaluation
 

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import in_child, killed_at
 
+from runs import in_child, killed_at
 from trpo_lm import storage
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.training import checkpoint

@@ -4,11 +4,11 @@ import json
 import math
 from pathlib import Path
 
-import runs
 import tiny
-from runs import trainer
 from transformers.utils import logging as transformers_logging
 
+import runs
+from runs import trainer
 from trpo_lm import PPO, TRPO, Trainer
 from trpo_lm.comparison.sweep import Progress
 from trpo_lm.training.console import Console

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import processes
 import pytest
-import runs
 import tiny
 import torch
-from runs import checkpoints, checksum, trainer
 
+import runs
+from runs import checkpoints, checksum, trainer
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.advantages import returns

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import disk
 import pytest
-import runs
 import tiny
 import torch
-from runs import in_child, trainer
 
+import runs
+from runs import in_child, trainer
 from trpo_lm.analysis.saved_run import open_run
 from trpo_lm.errors import RunFault, TrpoLMError
 from trpo_lm.training import folder as run_folder

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import tiny
 import torch
-from runs import trainer
 
+import runs
+from runs import trainer
 from trpo_lm import TRPO, PPOTrainer, Trainer, TrainerConfig, TRPOTrainer
 from trpo_lm.analysis.saved_run import open_run
 from trpo_lm.errors import TrpoLMError

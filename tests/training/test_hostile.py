@@ -7,12 +7,12 @@ import shutil
 import signal
 
 import pytest
-import runs
 import tiny
 import torch
-from runs import trainer
 from safetensors.torch import load_file, save_file
 
+import runs
+from runs import trainer
 from trpo_lm.analysis.saved_run import open_run
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.lm.loading import load_model, load_tokenizer

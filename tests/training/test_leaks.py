@@ -3,9 +3,9 @@
 import gc
 
 import pytest
-import runs
 import torch
 
+import runs
 from trpo_lm.algorithms.ppo import PPO
 from trpo_lm.algorithms.trpo import TRPO
 

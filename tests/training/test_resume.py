@@ -12,11 +12,11 @@ from pathlib import Path
 
 import processes
 import pytest
-import runs
 import tiny
 import torch
-from runs import assert_same_end, checkpoints, checksum, tensors, trainer
 
+import runs
+from runs import assert_same_end, checkpoints, checksum, tensors, trainer
 from trpo_lm import PPO, TRPO
 from trpo_lm.errors import Interrupted, TrpoLMError
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import processes
 import pytest
-import runs
 import tiny
 import torch
 from lying_server import LyingServer
 
+import runs
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.errors import Interrupted, RunFault, TrpoLMError
 from trpo_lm.lm import servers as client

@@ -4,11 +4,11 @@ import os
 
 import processes
 import pytest
-import runs
 import tiny
 import torch
 from peft import get_peft_model
 
+import runs
 from trpo_lm.analysis.saved_run import open_run
 from trpo_lm.config import TrainerConfig
 from trpo_lm.core.fisher import ForwardFisher, ScoreFisher

@@ -1,8 +1,8 @@
 """Stages: what is under way, how long it took, and where a test may step in."""
 
 import pytest
-import runs
 
+import runs
 from trpo_lm.training.stages import Stages
 
 

@@ -1,9 +1,9 @@
 """The state between two updates: exact copies, checkpoints, and the settings that go with them."""
 
 import pytest
-import runs
 import torch
 
+import runs
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.training.state import (
     from_checkpoint,

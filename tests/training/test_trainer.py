@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import tiny
 import torch
-from runs import checkpoints, checksum, trainer
 from transformers import GPT2LMHeadModel
 
+import runs
 import trpo_lm.core.natural_step
+from runs import checkpoints, checksum, trainer
 from trpo_lm import PPO, Trainer
 from trpo_lm.algorithms.trpo import TRPO
 from trpo_lm.core.fisher import ScoreFisher
