@@ -72,6 +72,8 @@ ELSEWHERE = {
     "generation_batch_size": "use prompts_per_update and completions_per_prompt",
     "gradient_accumulation_steps": "prompts_per_update is the size of an update, and "
     "micro_batch_tokens that of a forward pass",
+    "hub_strategy": "push_to_hub uploads once, at the end",
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN",
     "init_kl_coef": "max_ref_kl is the budget of the reference KL, in nats",
     "kl_coef": "max_ref_kl is the budget of the reference KL, in nats",
     "learning_rate": "there is none in TRPO: max_kl is the size of an update, in nats",
@@ -431,6 +433,15 @@ class TrainerConfig(ModelSettings):
     )
     overwrite_output_dir: bool = option(False, "write into a folder that already holds a run")
     report_to: str = option("none", "trackers of transformers, comma-separated, e.g. tensorboard")
+    push_to_hub: bool = option(
+        False, "upload adapter, tokenizer, critic, card and plots at the end"
+    )
+    hub_model_id: str | None = option(
+        None, "repository for them, e.g. me/my-adapter; default: the name of output_dir"
+    )
+    hub_private_repo: bool | None = option(
+        None, "whether a new repository is private; default: as the account has it"
+    )
 
     def __post_init__(self):
         least = {
@@ -480,6 +491,10 @@ class TrainerConfig(ModelSettings):
                 "shard_base": (
                     not (self.shard_base and (self.load_in_4bit or self.load_in_8bit)),
                     "False where the base is quantised: load it in bfloat16, or quantise it whole",
+                ),
+                "hub_model_id": (
+                    self.hub_model_id is None or (self.push_to_hub and bool(self.hub_model_id)),
+                    "None, or the name of a repository where push_to_hub is set",
                 ),
                 "on_bad_reward": (self.on_bad_reward in ("error", "skip"), "'error' or 'skip'"),
                 "reward_weights": (

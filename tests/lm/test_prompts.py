@@ -535,3 +535,12 @@ def test_a_function_makes_prompts_and_columns():
         load_prompts([{"q": "w1"}], template=lambda row: row["x"])
     with pytest.raises(TrpoLMError, match="row 0 holds 3"):
         load_prompts([{"q": "w1"}], template=lambda row: 3)
+
+
+def test_a_dataset_of_a_hub_is_remembered_by_its_id_and_a_file_is_not(tmp_path, monkeypatch):
+    found = datasets.Dataset.from_dict({"prompt": ["w1", "w2", "w3"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    prompts = load_prompts("org/prompts")
+    assert load_prompts(prompts.split_off(1)[0]).hub_id == "org/prompts"
+    (tmp_path / "p.txt").write_text("w1\n")
+    assert load_prompts(tmp_path / "p.txt").hub_id is None and load_prompts(["w1"]).hub_id is None

@@ -58,13 +58,8 @@ def test_the_card_tells_how_the_adapter_was_made(run):
     assert "](plots/overview.png)" in card
     assert "| mean score, training prompts | 0.56 | 0.71 |" in card
     assert "Largest KL of one update: 0.04 of 0.05 nats per completion allowed" in card
-    for line in (
-        "| seed | 7 |",
-        "| torch | 2.13 |",
-        "| lam | None |",
-        "| cg_tolerance | 0.012345 |",
-    ):
-        assert line in card
+    for line in ("| seed | 7 |", "| torch | 2.13 |", "lam: null", "cg_tolerance: 0.012345"):
+        assert f"\n{line}\n" in card
     assert "6 updates, of which 1 skipped and 1 rejected; 1,536 completions" in card
 
 
@@ -88,7 +83,8 @@ def test_S07_the_card_holds_no_folders_of_the_machine_and_no_environment(run, mo
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     facts = {
         "base_model": "/home/someone/models/tiny",
-        "command": "python x.py --output_dir /given/in/command",
+        "command": "/opt/venv/bin/python3.11 /clone/recipes/sentiment.py --output_dir=/given/a b "
+        "--dataset '/home/someone/x y.jsonl' --updates 3",
         "data": "/home/someone/my data/prompts.jsonl",
         "settings": {
             "output_dir": "/home/someone/runs/a",
@@ -100,10 +96,53 @@ def test_S07_the_card_holds_no_folders_of_the_machine_and_no_environment(run, mo
     }
     card = model_card(run, facts)
     assert "someone" not in card and "hf_secret" not in card and str(run) not in card
-    assert "/given/in/command" in card
+    assert (
+        "\npython recipes/sentiment.py --output_dir=path/to/a b --dataset 'path/to/x y.jsonl' "
+        "--updates 3\n"
+    ) in card
     assert 'from_pretrained("tiny")' in card and "base_model" not in front_matter(card)
-    assert "| output_dir | a |" in card and "| data | prompts.jsonl |" in card
+    assert '\noutput_dir: "a"\nfiles: ["b"]\n' in card and "| data | prompts.jsonl |" in card
     assert "example.org/x/y" in card
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (
+            "/v/bin/python /v/bin/trpo-lm sentiment --model /m/lm",
+            "trpo-lm sentiment --model path/to/lm",
+        ),
+        ("python -m trpo_lm sentiment --model me/lm", "python -m trpo_lm sentiment --model me/lm"),
+        ("C:/v/python.exe recipes/x.py --model C:/m/lm", "python recipes/x.py --model path/to/lm"),
+        ("python x.py --servers http://a:1/v1", "python x.py --servers http://a:1/v1"),
+    ],
+)
+def test_the_command_has_placeholders_for_paths_of_the_machine(run, command, shown):
+    assert f"```bash\n{shown}\n```" in model_card(run, FACTS | {"command": command})
+
+
+def test_settings_are_readable_and_cannot_leave_their_block(run):
+    settings = {"adapter": {"r": 8, "modules": ["a", "b"]}, "note": "x\n```\n# y", "lam": None}
+    card = model_card(run, FACTS | {"settings": settings})
+    block = card.split("```yaml\n")[1].split("\n```")[0]
+    assert block.splitlines()[0] == 'adapter: {"r": 8, "modules": ["a", "b"]}'
+    read = yaml.safe_load(block)
+    assert read["adapter"] == settings["adapter"] and read["lam"] is None
+    assert len(block.splitlines()) == 3 and read["note"] == "x ``` # y"
+
+
+def test_what_a_hub_reads_of_the_card(run, tmp_path):
+    plain = front_matter(model_card(run, FACTS))
+    assert plain["base_model_relation"] == "adapter" and plain["library_name"] == "peft"
+    assert "datasets" not in plain and "model-index" not in plain
+    row = metrics_row({"update": 1, "objective/eval_score_mean": 0.81234})
+    append_json_line(tmp_path / "metrics.jsonl", row)
+    front = front_matter(model_card(tmp_path, FACTS | {"dataset": "org/prompts", "name": "mine"}))
+    assert front["datasets"] == ["org/prompts"]
+    (result,) = front["model-index"][0]["results"]
+    assert front["model-index"][0]["name"] == "mine"
+    assert result["dataset"] == {"name": "org/prompts", "type": "org/prompts"}
+    assert result["metrics"][0]["value"] == 0.8123
 
 
 def test_a_local_folder_is_not_passed_off_as_a_hub_id(run, tmp_path, monkeypatch):

@@ -81,9 +81,9 @@ def test_the_settings_of_a_run_in_the_order_of_its_file(tmp_path):
     made.train()
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert settings == made.archive.settings
-    assert list(settings)[:9] == [
-        "model", "adapter", "algorithm", "reward_funcs", "prompts", "dataset", "world_size",
-        "reference", "reward_models",
+    assert list(settings)[:10] == [
+        "model", "adapter", "algorithm", "reward_funcs", "prompts", "dataset", "hub_dataset",
+        "world_size", "reference", "reward_models",
     ]  # fmt: skip
     assert settings["adapter"]["r"] == 1 and settings["reward_models"] == [None]
     assert settings["max_kl"] == made.algorithm.max_kl and settings["updates"] == 1

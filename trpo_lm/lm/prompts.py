@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 from string import Formatter
@@ -46,11 +46,13 @@ class Prompts:
     Attributes:
         prompts, columns: N values each.
         asked: Whether texts become the message of a user where the tokenizer has a chat template.
+        hub_id: Dataset on a hub that they were read from, if any.
     """
 
     prompts: list[Prompt]
     columns: dict[str, list]
     asked: bool = False
+    hub_id: str | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -64,7 +66,7 @@ class Prompts:
         """Split off the last `count` rows, at most a tenth of all; return the others and these."""
         cut = len(self) - min(count, max(1, len(self) // 10))
         first, last = self.take(range(cut)), self.take(range(cut, len(self)))
-        return Prompts(*first, self.asked), Prompts(*last, self.asked)
+        return replace(self, prompts=first[0], columns=first[1]), Prompts(*last, self.asked)
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of the content, the same in every process; see `uncompared`."""
@@ -222,7 +224,12 @@ def load_prompts(
         columns["answer"] = columns.pop(answer_column)
     columns = {n: values for n, values in columns.items() if n not in (column, "prompt")}
     asked = source.asked if isinstance(source, Prompts) else template is not None
-    return Prompts(prompts, columns, asked)
+    if isinstance(source, Prompts):
+        hub_id = source.hub_id
+    else:
+        local = not isinstance(source, str) or os.path.lexists(os.path.expanduser(source))
+        hub_id = None if local else source
+    return Prompts(prompts, columns, asked, hub_id)
 
 
 def _from_template(template: Template, columns: dict[str, list], where: str) -> dict[str, list]:
@@ -503,7 +510,7 @@ def check_prompts(
                 + ", or set truncate_prompts='left'" * isinstance(prompt, str),
             )
         texts[i], truncated = _drop_beginning(tokenizer, ids, room, row=i), truncated + 1
-    return Prompts(texts, prompts.columns), truncated
+    return Prompts(texts, prompts.columns, hub_id=prompts.hub_id), truncated
 
 
 def _question(text: str) -> Prompt:

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-import yaml
 
 from trpo_lm.report.format import clean, number
 from trpo_lm.report.run_log import Rows, column, load_run
@@ -29,35 +28,29 @@ _LIMITS = """## Limits
 def model_card(run_dir: str | Path, facts: Mapping[str, Any]) -> str:
     """Return the README of a saved adapter, from the run's metrics and facts of the caller.
 
-    Texts are escaped for Markdown and HTML. Local folders appear in the command only.
+    Texts are escaped for Markdown and HTML. No folder of this machine appears.
 
     Args:
         run_dir: Folder of the run.
         facts: `base_model` and `command` (a string, or a list of arguments); and, if known,
-            `algorithm` ("TRPO"), `rewards` (list of names), `data` (in words), `seed`, `versions`
+            `name` and `dataset` (as a hub names them), `algorithm` ("TRPO"), `rewards` (list of
+            names), `data` (in words), `seed`, `versions`
             (package to version), `settings` (name to value), and `samples` (rows as
             for `Console.samples`).
     """
-    base = str(facts["base_model"])
-    on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) and not Path(base).exists()
-    front = {
-        "library_name": "peft",
-        **({"base_model": base} if on_hub else {}),
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "reinforcement-learning", "trpo_lm"],
-    }
+    base, rows = str(facts["base_model"]), load_run(run_dir)
     algorithm = _escape(facts.get("algorithm", "TRPO"))
     rewards = ", ".join(_escape(_public(name)) for name in facts.get("rewards", [])) or "a reward"
     command = facts["command"]
-    command = command if isinstance(command, str) else shlex.join(command)
+    command = shlex.split(command) if isinstance(command, str) else command
     origin = {"data": facts.get("data"), "seed": facts.get("seed"), **facts.get("versions", {})}
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"---\n{_front_matter(facts, rows).to_yaml()}\n---",
         f"# LoRA adapter trained with {algorithm}",
         f"An adapter for **{_escape(_public(base))}**, fine-tuned with trpo_lm ({algorithm}) to "
         f"raise **{rewards}**.",
         "![Score, KL of each update and KL to the reference](plots/overview.png)",
-        _result(load_run(run_dir)),
+        _result(rows),
         "## Use\n\n"
         "```python\n"
         "from peft import PeftModel\n"
@@ -65,18 +58,80 @@ def model_card(run_dir: str | Path, facts: Mapping[str, Any]) -> str:
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(_public(base))})\n"
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")\n'
         "```",
-        f"## How it was made\n\n```bash\n{clean(command)}\n```",
+        f"## How it was made\n\n```bash\n{clean(_portable(command))}\n```",
         _table(["", ""], [(k, _public(str(v))) for k, v in origin.items() if v is not None]),
     ]
     if facts.get("settings"):
-        settings = [(name, _public(str(value))) for name, value in facts["settings"].items()]
-        parts += ["### Settings", _table(["setting", "value"], settings)]
+        lines = [f"{name}: {_yaml(value)}" for name, value in facts["settings"].items()]
+        parts += ["### Settings", "```yaml\n" + "\n".join(lines) + "\n```"]
     if facts.get("samples"):
         columns = ["prompt", "reference", "policy", "score_before", "score_after"]
         header = ["prompt", "reference", "policy", "before", "after"]
         samples = [[row.get(name, "") for name in columns] for row in facts["samples"]]
         parts += ["## Samples", "Written by the models, not by a person.", _table(header, samples)]
     return "\n\n".join([*parts, _LIMITS]) + "\n"
+
+
+def _front_matter(facts: Mapping[str, Any], rows: Rows) -> Any:
+    """Return what a hub reads of the card: base, data, and the last held-out score."""
+    from huggingface_hub import EvalResult, ModelCardData  # half a second, for the card alone
+
+    scores = column(rows, "objective/eval_score_mean")
+    scores = scores[np.isfinite(scores)]
+    data = facts.get("dataset") if _on_hub(facts.get("dataset")) else None
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data or "prompts",
+            dataset_name=data or "held-out prompts",
+            metric_type="reward",
+            metric_name="mean score of held-out prompts",
+            metric_value=round(float(score), 4),
+        )
+        for score in scores[-1:]
+    ]
+    base = facts["base_model"]
+    return ModelCardData(
+        library_name="peft",
+        base_model=base if _on_hub(base) else None,
+        base_model_relation="adapter" if _on_hub(base) else None,
+        datasets=[data] if data else None,
+        pipeline_tag="text-generation",
+        tags=["lora", "reinforcement-learning", "trpo_lm"],
+        model_name=facts.get("name", "adapter") if results else None,
+        eval_results=results or None,
+    )
+
+
+def _on_hub(name: Any) -> bool:
+    """Whether this has the form of a hub id, and is no folder here."""
+    form = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name or ""))
+    return form is not None and not Path(str(name)).exists()
+
+
+def _portable(words: Sequence[str]) -> str:
+    """Return a command with placeholders for the paths of this machine."""
+    words = list(words)
+    if words and re.fullmatch(r"python[\d.]*(\.exe)?", re.split(r"[/\\]", words[0])[-1]):
+        words[0] = "python"
+        if re.split(r"[/\\]", " ".join(words[1:2]))[-1] == "trpo-lm":
+            words[:2] = ["trpo-lm"]
+
+    def placed(match: re.Match[str]) -> str:
+        *folders, name = re.split(r"[/\\]", match[2].rstrip("/\\"))
+        return match[1] + ("recipes/" if folders[-1:] == ["recipes"] else "path/to/") + name
+
+    path = r"(^|=)((?:file://)?(?:~|[A-Za-z]:)?[/\\].*)"
+    return shlex.join(re.sub(path, placed, word, flags=re.DOTALL) for word in words)
+
+
+def _yaml(value: Any) -> str:
+    """Return a value in one line of JSON, which is YAML too, without paths of this machine."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return json.dumps(clean(_public(value)) if isinstance(value, str) else value, default=str)
 
 
 def summary(rows: Rows) -> list[tuple[str, float, float]]:

@@ -96,6 +96,8 @@ def _card_facts(parts: Parts, settings: Settings, samples: Sequence[Row]) -> Row
     return {
         "base_model": parts.policy.name,
         "command": command_line(),
+        "name": Path(settings["output_dir"]).name,
+        "dataset": settings["hub_dataset"],
         "algorithm": settings["algorithm"],
         "rewards": settings["reward_funcs"],
         "data": f"{settings['prompts']} prompts",

@@ -330,6 +330,7 @@ def run_settings(
         "reward_funcs": rewards.names,
         "prompts": len(prompts),
         "dataset": prompts.fingerprint(),
+        "hub_dataset": prompts.hub_id,
         "world_size": processes,
         "reference": "adapter" if policy.came_with_adapter else "base model",
         "reward_models": [_source(function) for function in rewards.functions],

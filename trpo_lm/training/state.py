@@ -31,7 +31,8 @@ FREE = {
     "output_dir", "run_name", "updates", "logging_steps", "eval_steps", "eval_prompts",
     "save_steps", "save_total_limit", "resume_from_checkpoint", "allow_config_change",
     "overwrite_output_dir", "report_to", "reward_timeout", "ddp_timeout", "reference",
-    "reward_models", "rollout_servers", "rollout_timeout",
+    "reward_models", "rollout_servers", "rollout_timeout", "push_to_hub", "hub_model_id",
+    "hub_private_repo", "hub_dataset",
 }  # fmt: skip
 
 

@@ -52,6 +52,7 @@ from trpo_lm.training.display import (
     show_outcome,
 )
 from trpo_lm.training.folder import gaps, require_usable
+from trpo_lm.training.hub import create_repository, require_hub, upload
 from trpo_lm.training.interrupts import Interrupts
 from trpo_lm.training.memory import halved_if_full
 from trpo_lm.training.metrics import Evaluation
@@ -113,6 +114,7 @@ class Trainer:
     before: Evaluation | None = None  # of the reference
     after: Evaluation | None = None  # of the policy, the latest
     best: BestPolicy | None = None
+    repository: str | None = None  # on a hub, where the results will be uploaded
 
     @_named
     def __init__(
@@ -137,6 +139,8 @@ class Trainer:
         self.ranks = Ranks(args.ddp_timeout, self.stage)
         self.display: Display = display or Console(self.ranks.main, args.updates)
         self.ranks.on_main(lambda: require_usable(args))
+        if args.push_to_hub:
+            self.ranks.on_main(lambda: require_hub(args))
         data = assembly.load_data(
             train_dataset, eval_dataset, prompt_column, args, self.ranks.count
         )
@@ -286,6 +290,8 @@ class Trainer:
                 f"already complete: {self.updates_done} of {args.updates} updates are done"
             )
             return False
+        if args.push_to_hub:
+            self.repository = self.ranks.on_main(lambda: create_repository(args))
         self.best = self.archive.prepare(self.updates_done, self.eval_prompts)
         scores = (row.get("objective/score_mean") for row in self.rows)
         first_score = next((score for score in scores if score is not None), None)
@@ -530,9 +536,10 @@ class Trainer:
         self.callbacks.event("on_train_end")
         self.archive.finish(self.updates_done, before_and_after(self.before, self.after))
         if self.ranks.main:
-            show_outcome(
-                self.display, self.archive.folder, self.rows, self.before, self.after, self.best
-            )
+            folder = self.archive.folder
+            show_outcome(self.display, folder, self.rows, self.before, self.after, self.best)
+            if self.repository is not None:
+                self.display.note(upload(folder.path, self.repository))
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write adapter, critic, tokenizer, settings and model card; vanilla peft loads them."""
