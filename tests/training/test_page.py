@@ -16,6 +16,7 @@ from trpo_lm.report.page_sections import State
 from trpo_lm.report.run_page import RunPage
 from trpo_lm.training import follow
 from trpo_lm.training.archive import PAGE_SHARE
+from trpo_lm.training.folder import OutputLock
 from trpo_lm.training.follow import find_run, run_state, watch
 
 VIEW = Path(__file__).parents[2] / "recipes" / "view.py"
@@ -120,23 +121,26 @@ def test_a_run_is_running_finished_or_stopped(tmp_path):
     assert run_state(run).kind == "stopped"
     (run / "MANIFEST.json").write_text('{"update": 6}')
     assert run_state(run) == State("finished")
-    (run / ".lock").write_text(f"{os.getpid()}\n")
-    assert run_state(run) == State("running")
+    (run / ".lock").write_text(f"{os.getpid()}\n")  # left by a process that was killed
+    assert run_state(run) == State("finished")
+    with OutputLock(run):
+        assert run_state(run) == State("running")
+    assert run_state(run) == State("finished")
 
 
 def test_watching_writes_what_is_new_and_ends_with_the_run(tmp_path, monkeypatch, written):
     run = write_run(tmp_path / "run", updates=1)
-    (run / ".lock").write_text(f"{os.getpid()}\n")
-    seconds = []
+    lock, seconds = OutputLock(run), []
 
     def sleep(interval):
         seconds.append(interval)
         if len(seconds) == 2:
             (run / "metrics.jsonl").open("a").write('{"update": 2}\n')
         if len(seconds) == 4:
-            (run / ".lock").unlink()
+            lock.__exit__()
 
     monkeypatch.setattr(follow.time, "sleep", sleep)
+    lock.__enter__()
     assert watch(RunPage(run), interval=3.0).kind == "stopped"
     assert [(kind, n) for kind, _, n in written] == [("running", 1), ("running", 2), ("stopped", 2)]
     assert seconds == [3.0] * 4
@@ -144,8 +148,7 @@ def test_watching_writes_what_is_new_and_ends_with_the_run(tmp_path, monkeypatch
 
 def test_watching_goes_on_when_the_page_cannot_be_written_for_a_moment(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", updates=1)
-    (run / ".lock").write_text(f"{os.getpid()}\n")
-    write, told = RunPage.write, []
+    lock, write, told = OutputLock(run), RunPage.write, []
 
     def fails_once(page, state):
         if not told:
@@ -153,7 +156,8 @@ def test_watching_goes_on_when_the_page_cannot_be_written_for_a_moment(tmp_path,
         return write(page, state)
 
     monkeypatch.setattr(RunPage, "write", fails_once)
-    monkeypatch.setattr(follow.time, "sleep", lambda _: (run / ".lock").unlink(missing_ok=True))
+    monkeypatch.setattr(follow.time, "sleep", lambda _: lock.__exit__())
+    lock.__enter__()
     watch(RunPage(run), interval=1.0, told=told.append)
     assert len(told) == 1 and "No space" in told[0] and (run / "run.html").is_file()
 
