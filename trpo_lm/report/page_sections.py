@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from trpo_lm.cli import recipe_command
 from trpo_lm.errors import TrpoLMError
 from trpo_lm.report.charts import Level, Marks, Series, chart, reading, sparkline
 from trpo_lm.report.format import number
@@ -218,21 +219,24 @@ def next_commands(folder: Path, rows: Rows, settings: Row, state: State) -> str:
     """Return the commands that are useful now."""
     run = shlex.quote(str(folder))
     if state.kind == "running":
-        lines = [(f"python recipes/view.py {run} --watch", "keeps this page up to date")]
+        lines = [(f"{recipe_command('view')} {run} --watch", "keeps this page up to date")]
     elif state.kind == "finished":
         lines = [
             (
-                f"python recipes/evaluate.py {run}",
-                "scores policy and reference, held-out prompts",
+                f"{recipe_command('evaluate')} {run}",
+                "scores policy and reference",
             ),
-            (f"python recipes/token_view.py {run}", "shows a completion token by token"),
-            (f"python recipes/merge.py {run} {run}-merged", "writes base and adapter as one model"),
+            (f"{recipe_command('token_view')} {run}", "shows a completion token by token"),
+            (
+                f"{recipe_command('merge')} {run} {run}-merged",
+                "writes one plain model",
+            ),
         ]
     else:
         lines = [
             ("--resume_from_checkpoint auto", "added to the run's own command, goes on from its "
              "newest checkpoint"),
-            (f"python recipes/view.py {run} --watch", "then follows it here"),
+            (f"{recipe_command('view')} {run} --watch", "then follows it here"),
         ]  # fmt: skip
     shown = "".join(f"<li><code>{escape(a)}</code> <span>{escape(b)}</span></li>" for a, b in lines)
     return f"<div class='next'><h2>Next</h2><ul>{shown}</ul></div>"
