@@ -8,7 +8,6 @@ from runs import checkpoints, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from trpo_lm.errors import RunFault, TrpoLMError
-from trpo_lm.training.metrics import Evaluation
 
 
 class Listener(TrainerCallback):
@@ -103,8 +102,8 @@ class Stops(EarlyStoppingCallback):
 @pytest.mark.parametrize("given", [Stops(), Stops, [Stops()], (Stops,), {Stops}])
 def test_B39_early_stopping_follows_the_held_out_score(tmp_path, monkeypatch, given):
     made = trainer(tmp_path, updates=9, evals=runs.HELD_OUT, eval_steps=1, callbacks=given)
-    scores = iter([0.1, 0.5, 0.4, 0.6, 0.6, 0.2, 0.9])
-    monkeypatch.setattr(made, "evaluate", lambda **_: Evaluation(next(scores), 0.0, 0.0, None))
+    measured, scores = made.evaluate(), iter([0.1, 0.5, 0.4, 0.6, 0.6, 0.2, 0.9])
+    monkeypatch.setattr(made, "evaluate", lambda **_: replace(measured, score=next(scores)))
     monkeypatch.setattr(made, "_finish", lambda: None)
     rows = made.train()
     assert [row["objective/eval_score_mean"] for row in rows] == [0.5, 0.4, 0.6, 0.6, 0.2]
