@@ -6,6 +6,7 @@ python docs/reference.py
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from inspect import get_annotations
 from pathlib import Path
 
 from trpo_lm.config import (
@@ -20,11 +21,11 @@ from trpo_lm.training.metrics import DASHBOARD
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {
-    "The run": (TrainerConfig, ModelSettings),
-    "The model and its adapter": (ModelSettings, object),
-    "TRPO": (TRPOSettings, object),
-    "PPO, and its relatives": (PPOSettings, object),
-    "The dataset, in recipes": (DatasetSettings, object),
+    "The run": TrainerConfig,
+    "The model and its adapter": ModelSettings,
+    "TRPO": TRPOSettings,
+    "PPO, and its relatives": PPOSettings,
+    "The dataset, in recipes": DatasetSettings,
 }
 
 
@@ -68,12 +69,12 @@ def settings_page() -> str:
         "Fields in Python, flags with `--` on the command line, keys of a `--config` file. Made by "
         "`python docs/reference.py`.",
     ]
-    for title, (settings, base) in SETTINGS.items():
-        theirs = set() if base is object else {f.name for f in fields(base)}
+    for title, settings in SETTINGS.items():
+        own = get_annotations(settings)  # not those of its base
         rows = [
             (f"`{f.name}`", f"`{default(f)}`", f.metadata["help"])
             for f in fields(settings)
-            if f.name not in theirs
+            if f.name in own
         ]
         parts += [f"## {title}", table(("name", "default", "what it is"), rows)]
     return "\n\n".join(parts) + "\n"

@@ -41,6 +41,11 @@ def test_it_lists_every_recipe_with_its_first_line(monkeypatch, capsys, words):
         assert summary == command.commands()[name].summary and summary.endswith(".")
 
 
+def test_it_says_its_version(monkeypatch, capsys):
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"trpo_lm {trpo_lm.__version__}\n"
+
+
 @pytest.mark.parametrize("words", ["", "sentiment --help", "train --help"])
 def test_help_does_not_import_torch(words):
     code = (

@@ -234,7 +234,7 @@ def hessian_operator(theta: ParameterVector, divergence: Tensor) -> Callable[[Te
     """Return v -> H v for any scalar with a graph, by differentiating its gradient again.
 
     For a divergence whose outputs are not available; at theta_old the Hessian of a KL is the
-    Fisher. More expensive than `FisherOperator` (ratios in recipes/benchmarks).
+    Fisher. More expensive than `FisherOperator` (ratios in docs/notebook.md).
     """
     gradient = torch.autograd.grad(
         divergence, theta.tensors, create_graph=True, allow_unused=True, materialize_grads=True

@@ -65,8 +65,9 @@ class Prompts:
     def split_off(self, count: int) -> tuple[Prompts, Prompts]:
         """Split off the last `count` rows, at most a tenth of all; return the others and these."""
         cut = len(self) - min(count, max(1, len(self) // 10))
-        first, last = self.take(range(cut)), self.take(range(cut, len(self)))
-        return replace(self, prompts=first[0], columns=first[1]), Prompts(*last, self.asked)
+        (prompts, columns), last = self.take(range(cut)), self.take(range(cut, len(self)))
+        first = replace(self, prompts=prompts, columns=columns)
+        return first, replace(self, prompts=last[0], columns=last[1])
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of the content, the same in every process; see `uncompared`."""

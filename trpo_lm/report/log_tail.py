@@ -12,7 +12,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +182,17 @@ class CompletionsTail:
 
     def texts(self, places: Sequence[tuple[int, int]]) -> Iterator[Row | None]:
         """Yield the row at each of these places, None where it cannot be read."""
-        with ExitStack() as stack:
-            descriptor = -1
-            with suppress(OSError):
-                descriptor = stack.enter_context(open(self.path, "rb", opener=regular)).fileno()
+        try:
+            file = open(self.path, "rb", opener=regular)  # noqa: SIM115
+        except OSError:
+            yield from [None] * len(places)
+            return
+        with file:
             for offset, length in places:
                 row = None
                 with suppress(ValueError, OSError):
-                    row = parse_json(os.pread(descriptor, length, offset))
+                    file.seek(offset)
+                    row = parse_json(file.read(length))
                 yield row if isinstance(row, dict) else None
 
 

@@ -215,22 +215,16 @@ def _with_unit(limit: Any) -> str | None:
     return None if limit is None else f"{limit} nats per completion"
 
 
-def next_commands(folder: Path, rows: Rows, settings: Row, state: State) -> str:
+def next_commands(folder: Path, state: State) -> str:
     """Return the commands that are useful now."""
     run = shlex.quote(str(folder))
     if state.kind == "running":
         lines = [(f"{recipe_command('view')} {run} --watch", "keeps this page up to date")]
     elif state.kind == "finished":
         lines = [
-            (
-                f"{recipe_command('evaluate')} {run}",
-                "scores policy and reference",
-            ),
+            (f"{recipe_command('evaluate')} {run}", "scores policy and reference"),
             (f"{recipe_command('token_view')} {run}", "shows a completion token by token"),
-            (
-                f"{recipe_command('merge')} {run} {run}-merged",
-                "writes one plain model",
-            ),
+            (f"{recipe_command('merge')} {run} {run}-merged", "writes one plain model"),
         ]
     else:
         lines = [

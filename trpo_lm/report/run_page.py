@@ -233,7 +233,9 @@ def _document(
     data: str,
 ) -> str:
     rows = run.rows
-    css, script = (_HERE / "run_page.css").read_text(), (_HERE / "run_page.js").read_text()
+    css, script = (
+        (_HERE / name).read_text(encoding="utf-8") for name in ("run_page.css", "run_page.js")
+    )
     name = escape(folder.resolve().name)
     reload = f"<noscript><meta http-equiv='refresh' content='{REFRESH * 2:g}'></noscript>"
     parts = [
@@ -250,7 +252,7 @@ def _document(
         "".join(f"<p class='warning'>{escape(note)}.</p>" for note in notes),
         tiles(run, settings),
         setting_facts(settings, rows),
-        next_commands(folder, rows, settings, state),
+        next_commands(folder, state),
         "<nav aria-label='Sections'><a href='#charts'>Charts</a> <a href='#completions'>"
         "Completions</a> <a href='#steps'>Steps</a> <a href='#metrics'>All metrics</a> "
         "<a href='#settings'>Settings and files</a></nav>",
